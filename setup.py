@@ -1,0 +1,27 @@
+"Packaging, read from settings.ini, so that every fact about the project stands in one place."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here/"settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    packages=find_packages(include=["gated_symile", "gated_symile.*"]),
+    package_data={"gated_symile": ["data/mfeat.npz", "data/mfeat.md"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    long_description=(here/"README.md").read_text(encoding="utf-8") if (here/"README.md").exists() else "",
+    long_description_content_type="text/markdown",
+)
