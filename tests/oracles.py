@@ -1,0 +1,59 @@
+"Slow and plain: what the library computes, as loops over rows in float64."
+import math
+
+import torch
+
+
+def mip_loop(vectors):
+    "Multilinear inner product of M vectors, one coordinate at a time."
+    total = 0.
+    for coordinates in zip(*(v.tolist() for v in vectors)): total += math.prod(coordinates)
+    return total
+
+
+def mip_scores_loop(embeddings, target):
+    "All pairs, one at a time."
+    queries = [e for m, e in enumerate(embeddings) if m != target]
+    return torch.tensor([[mip_loop([*(q[i] for q in queries), c]) for c in embeddings[target]] for i in range(len(queries[0]))],
+                        dtype=torch.float64)
+
+
+def info_nce_loop(scores, scale, rows=None):
+    "Mean over the rows of minus the log of the softmax's diagonal; `rows` may ask and answer."
+    rows = list(range(len(scores))) if rows is None else rows
+    losses = []
+    for i in rows:
+        exponentials = [math.exp(scale * float(scores[i][j])) for j in rows]
+        losses.append(-math.log(math.exp(scale * float(scores[i][i])) / sum(exponentials)))
+    return sum(losses) / len(losses)
+
+
+def unit(v): return v / v.norm()
+
+
+def gated_score(gate, embeddings, target, i, j, present=None):
+    "The gate for one query and one candidate, after section 5 of the paper's definition, from the gate's parameters alone."
+    c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
+    here = [present is None or bool(present[i, m]) for m in queries]
+    T, alpha = gate.temperature(), gate.strength()
+    if hasattr(gate.fit, "table"):
+        fits, null = [gate.fit.table[target, m] / T for m in queries], gate.fit.null_bias[target] / T
+    else:
+        fits = [unit(gate.fit.query[target] @ c) @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
+                for m, ok in zip(queries, here)]
+        null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T
+    if gate.weigh.__name__ == "softmax_weights":
+        total = sum(f.exp() for f, ok in zip(fits, here) if ok) + (null.exp() if gate.null else 0)
+        weights = [f.exp() / total for f in fits]
+    else:
+        weights = [f.sigmoid() * (1 - null.sigmoid() if gate.null else 1) for f in fits]
+    product = c
+    for m, w, ok in zip(queries, weights, here):
+        closing, n, e = alpha * (1 - w), gate.neutral.directions[m], embeddings[m][i]
+        if not ok: g = torch.full_like(n, len(n)**-0.5) if gate.neutral.kind == "none" else unit(n)
+        elif gate.neutral.kind == "none": g = (1 - closing) * e
+        else:
+            g = (1 - closing) * e + closing * unit(n)
+            if gate.renormalise: g = unit(g)
+        product = product * g
+    return product.sum() * len(c)**((len(embeddings) - 1) / 2)

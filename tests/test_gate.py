@@ -1,0 +1,169 @@
+"The gate: its fast form is its definition, values and gradients, for every switch, any M, and with holes."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from gated_symile.core import generator, unit
+from gated_symile.gate import ModalityGate
+from gated_symile.mip import dvs
+from gated_symile.objectives.gated import GatedSymile
+from gated_symile.objectives.symile import Symile
+from oracles import gated_score
+
+switches = st.fixed_dictionaries(dict(
+    weighting=st.sampled_from(["softmax", "sigmoid"]), null=st.booleans(), renormalise=st.booleans(),
+    neutral=st.sampled_from(["learned", "random", "ones", "none"]), kind=st.sampled_from(["attention", "matrix", "open"]),
+    strength=st.sampled_from([-3., 0., 3.]), temperature=st.sampled_from([0.1, 0.3, 0.7, 2.]),
+    learn_strength=st.booleans(), learn_temperature=st.booleans()))
+sizes = st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(1, 7), st.integers(2, 9), st.integers(1, 6))
+
+
+def make(size, options, dtype=torch.float64, holes=False, seed=0):
+    "A gate with random parameters, embeddings of B queries and N candidates, and `present` where there are holes (with NaN in them)."
+    M, B, N, D, K = size
+    g = generator(seed)
+    gate = ModalityGate(M, D, K, **options).to(dtype)
+    with torch.no_grad():
+        for p in gate.parameters():
+            if p.dim() and p.requires_grad: p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+    target = int(torch.randint(M, (), generator=g))
+    embeddings = [unit(torch.randn(N if m == target else B, D, generator=g, dtype=torch.float64)).to(dtype) for m in range(M)]
+    present = None
+    if holes:
+        present = torch.rand(B, M, generator=g) < 0.6
+        present[torch.arange(B), torch.tensor([m for m in range(M) if m != target])[torch.randint(M - 1, (B,), generator=g)]] = True
+        for m in range(M):
+            if m != target: embeddings[m][~present[:, m]] = math.nan
+    return gate, [e.requires_grad_() for e in embeddings], target, present
+
+
+def written_out(gate, embeddings, target, present):
+    "The score from the written-out definition."
+    product = gate.gated(embeddings, target, present).prod(2)                     # (B, N, D)
+    return dvs(gate.n_modalities, gate.dim) * torch.einsum("jd,ijd->ij", embeddings[target], product)
+
+
+def gradients(score, gate, embeddings):
+    "Gradients of a fixed random functional of the score: embeddings first, then every learnable parameter."
+    leaves = [*embeddings, *(p for p in gate.parameters() if p.requires_grad)]
+    readout = torch.randn(score.shape, generator=generator(9), dtype=torch.float64).to(score)
+    found = torch.autograd.grad((score * readout).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+
+
+def assert_same(got, expected, tolerance):
+    "Equal relative to the largest value."
+    assert got.isfinite().all() and expected.isfinite().all()
+    size = expected.abs().max().item() if expected.numel() else 0.
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * max(size, 1e-3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_fast_form_is_the_definition_float64(size, options, holes, seed):
+    gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    fast, slow = gate.scores(embeddings, target, present), written_out(gate, embeddings, target, present)
+    assert_same(fast, slow, 1e-10)
+    for a, b in zip(gradients(fast, gate, embeddings), gradients(slow, gate, embeddings)): assert_same(a, b, 1e-9 if size[3] < 4 else 1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_fast_form_is_the_definition_float32(size, options, holes, seed):
+    M, B, N, D, K = size
+    gate, embeddings, target, present = make((M, B, N, D + 14, K + 7), options, torch.float32, holes, seed)
+    fast, slow = gate.scores(embeddings, target, present), written_out(gate, embeddings, target, present)
+    assert_same(fast, slow, 1e-5)
+    for a, b in zip(gradients(fast, gate, embeddings), gradients(slow, gate, embeddings)): assert_same(a, b, 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_definition_is_the_loop_over_pairs(size, options, holes, seed):
+    gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    with torch.no_grad():
+        loop = torch.stack([torch.stack([gated_score(gate, embeddings, target, i, j, present) for j in range(size[2])]) for i in range(size[1])])
+        assert_same(written_out(gate, embeddings, target, present), loop, 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, switches, st.integers(0, 2**16))
+def test_missing_content_reaches_nothing(size, options, seed):
+    gate, embeddings, target, present = make(size, options, holes=True, seed=seed)
+    other = [torch.where(e.isnan(), 1e6, e).detach().requires_grad_() for e in embeddings]
+    a, b = gate.scores(embeddings, target, present), gate.scores(other, target, present)
+    assert torch.equal(a, b)
+    found = gradients(a, gate, embeddings)
+    for x, y in zip(found, gradients(b, gate, other)): assert torch.equal(x, y) and x.isfinite().all()
+    for m, e in enumerate(embeddings):
+        if m != target: assert found[m][~present[:, m]].abs().sum() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_open_gate_is_symile(size, options, holes, seed):
+    gate, embeddings, target, _ = make(size, options | dict(kind="open"), seed=seed)
+    assert_same(gate.scores(embeddings, target), Symile().score(embeddings, target), 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_order_of_modalities_does_not_matter(size, options, holes, seed):
+    gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    order = torch.randperm(size[0], generator=generator(seed))
+    turned = ModalityGate(size[0], size[3], size[4], **options).double()
+    state = {k: v[order] if k.startswith(("neutral", "fit.query", "fit.key", "fit.null_bias")) else v for k, v in gate.state_dict().items()}
+    if "fit.table" in state: state["fit.table"] = state["fit.table"][order][:, order]
+    turned.load_state_dict(state)
+    got = turned.scores([embeddings[m] for m in order], order.tolist().index(target), None if present is None else present[:, order])
+    assert_same(got, gate.scores(embeddings, target, present), 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(0, 2**16))
+def test_weights_are_shares_of_trust(size, options, holes, seed):
+    gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    weights, null = gate.weights(embeddings, target, present)
+    assert weights.shape == (size[1], size[2], size[0] - 1) and null.shape == (size[1], size[2])
+    assert (weights >= 0).all() and (weights <= 1).all() and (null >= 0).all()
+    if options["weighting"] == "softmax": torch.testing.assert_close(weights.sum(-1) + null, torch.ones_like(null))
+    if not options["null"]: assert null.abs().sum() == 0
+    if holes:
+        columns = present[:, [m for m in range(size[0]) if m != target]]
+        assert (weights[~columns.unsqueeze(1).expand_as(weights)] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes, switches, st.integers(0, 2**16))
+def test_a_candidate_is_judged_alone(size, options, seed):
+    "The gate must not see which candidate is the true one: removing the others changes nothing."
+    gate, embeddings, target, _ = make(size, options, seed=seed)
+    alone = [e[:1] if m == target else e for m, e in enumerate(embeddings)]
+    assert_same(gate.scores(alone, target), gate.scores(embeddings, target)[:, :1], 1e-10)
+
+
+def test_gradcheck():
+    "Against finite differences, which know nothing of either form."
+    gate, embeddings, target, present = make((3, 3, 4, 5, 3), dict(strength=1., temperature=0.5), holes=True, seed=1)
+    embeddings = [e.nan_to_num(0.).detach().requires_grad_() for e in embeddings]
+    assert torch.autograd.gradcheck(lambda *e: gate.scores(list(e), target, present), embeddings)
+
+
+@pytest.mark.parametrize("M", [2, 3, 4])
+def test_loss_with_missing_targets_uses_the_rows_that_have_one(M):
+    gate, _, _, _ = make((M, 6, 6, 7, 4), {}, seed=2)
+    objective = GatedSymile(gate).double()
+    e = [unit(torch.randn(6, 7, generator=generator(m), dtype=torch.float64)) for m in range(M)]
+    present = torch.ones(6, M, dtype=torch.bool)
+    present[[1, 4], 0] = False
+    if M == 2: present, e = present[[0, 2, 3, 5]], [x[[0, 2, 3, 5]] for x in e] # a row needs two modalities
+    keep = present[:, 0]
+    by_hand = []
+    for t in range(M):
+        rows = present[:, t].nonzero().flatten()
+        sub = [x[rows] for x in e]
+        by_hand.append(torch.nn.functional.cross_entropy(objective.score(sub, t, present[rows]), torch.arange(len(rows))))
+    e[0] = torch.where(keep[:, None], e[0], math.nan)
+    torch.testing.assert_close(objective(e, present), sum(by_hand) / M)

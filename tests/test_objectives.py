@@ -1,0 +1,152 @@
+"Objectives against slow loops in float64 and against the PyPI package symile."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from symile import MIPSimilarity, Symile as PackageSymile
+
+from gated_symile.contrastive import candidate_scores, shuffle_scores, STRUCK_OUT
+from gated_symile.core import generator, unit, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError
+from gated_symile.gate import ModalityGate
+from gated_symile.mip import dvs, mip, mip_scores
+from gated_symile.objectives.clip import PairwiseCLIP
+from gated_symile.objectives.gated import GatedSymile
+from gated_symile.objectives.symile import Symile
+from oracles import info_nce_loop, mip_loop, mip_scores_loop
+
+OBJECTIVES = {"PairwiseCLIP": lambda M, D: PairwiseCLIP(), "Symile shuffle": lambda M, D: Symile(),
+              "Symile candidates": lambda M, D: Symile("candidates"), "GatedSymile": lambda M, D: GatedSymile(ModalityGate(M, D, 4))}
+
+
+def random_embeddings(M, B, D, N=None, target=None, seed=0):
+    return [unit(torch.randn(N if m == target else B, D, generator=generator(100*seed + m), dtype=torch.float64)) for m in range(M)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.data())
+def test_mip_is_the_loop(M, B, N, D, data):
+    target = data.draw(st.integers(0, M - 1))
+    e = random_embeddings(M, B, D, N, target)
+    torch.testing.assert_close(mip_scores(e, target), mip_scores_loop(e, target), rtol=1e-10, atol=1e-12)
+    rows = random_embeddings(M, B, D)
+    torch.testing.assert_close(mip(rows), torch.tensor([mip_loop([x[i] for x in rows]) for i in range(B)], dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("M", [3, 4, 5])
+def test_scores_match_the_package(M):
+    e = random_embeddings(M, 6, 8, 9, 1)
+    package = MIPSimilarity()(e[1], [x for m, x in enumerate(e) if m != 1])
+    torch.testing.assert_close(mip_scores(e, 1), package, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("M", [3, 4, 5])
+def test_shuffled_loss_matches_the_package(M, monkeypatch):
+    "Same shuffles for both; the package keeps false negatives, so the shuffles have none."
+    B, D = 12, 8
+    e = [x.requires_grad_() for x in random_embeddings(M, B, D)]
+    shifts = iter([(7*k + 3*m) % B for k in range(M) for m in range(M)]) # what our M shuffles for each of M anchors are
+    ours = [[torch.arange(B).roll(next(shifts)) for _ in range(M)] for _ in range(M)]
+    queue = [where for target in ours for where in target]
+    monkeypatch.setattr(torch, "randperm", lambda n, **kw: queue.pop(0))
+    objective = Symile(log_scale=0.5).double()
+    scale = objective.logit_scale().item()
+    loss = objective(e)
+    queue = [where for t, target in enumerate(ours) for m, where in enumerate(target) if m != t]
+    package = PackageSymile("n")(e, scale * dvs(M, D))
+    torch.testing.assert_close(loss, package, rtol=1e-10, atol=0, check_dtype=False)
+    for a, b in zip(torch.autograd.grad(loss, e), torch.autograd.grad(package, e)): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 6), st.integers(2, 7), st.booleans(), st.integers(0, 999))
+def test_candidate_loss_is_the_loop(M, B, D, holes, seed):
+    e = random_embeddings(M, B, D, seed=seed)
+    present = torch.ones(B, M, dtype=torch.bool)
+    if holes and M > 2: present[torch.arange(B), torch.randint(M, (B,), generator=generator(seed))] = False
+    losses = []
+    for t in range(M):
+        rows = present[:, t].nonzero().flatten().tolist()
+        if len(rows) < 2: continue
+        scores = [[dvs(int(present[i].sum()) if present[i, t] else 1, D) * mip_loop([e[m][i] for m in range(M) if m != t and present[i, m]] + [e[t][j]])
+                   for j in range(B)] for i in range(B)]
+        losses.append(info_nce_loop(scores, 1.3, rows))
+    nan = [torch.where(present[:, m, None], x, math.nan) for m, x in enumerate(e)]
+    objective = Symile("candidates", log_scale=math.log(1.3)).double()
+    torch.testing.assert_close(objective(nan, present).item(), sum(losses)/len(losses), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 999))
+def test_shuffles_hold_no_true_row_off_the_diagonal(M, B, seed):
+    e = random_embeddings(M, B, 6, seed=seed)
+    scores = shuffle_scores(e, 0, generator(seed))
+    true = dvs(M, 6) * mip(e)
+    torch.testing.assert_close(scores.diagonal(), true)
+    off = scores.masked_fill(torch.eye(B, dtype=torch.bool), STRUCK_OUT)
+    assert not (off - true[:, None]).abs().lt(1e-9).any()
+
+
+def test_two_modalities_are_clip():
+    e = random_embeddings(2, 7, 5)
+    one_way = torch.nn.functional.cross_entropy(candidate_scores(e, 1) / dvs(2, 5), torch.arange(7)) # query 0, candidates 1
+    torch.testing.assert_close(one_way, torch.nn.functional.cross_entropy(e[0] @ e[1].T, torch.arange(7)))
+    torch.testing.assert_close(Symile("candidates").double()(e), PairwiseCLIP(math.log(dvs(2, 5))).double()(e), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+class TestContract:
+    "What every objective promises."
+    def test_loss_is_a_finite_scalar_with_gradients(self, name):
+        torch.manual_seed(0)
+        objective, e = OBJECTIVES[name](4, 6).double(), [x.requires_grad_() for x in random_embeddings(4, 5, 6)]
+        objective(e, generator=generator(0)).backward()
+        assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in e)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+        assert objective.logit_scale.log_scale.grad.abs() > 0
+
+    def test_same_generator_same_loss_and_global_state_untouched(self, name):
+        torch.manual_seed(0)
+        objective, e = OBJECTIVES[name](3, 6).double(), random_embeddings(3, 5, 6)
+        state = torch.get_rng_state()
+        assert objective(e, generator=generator(3)) == objective(e, generator=generator(3))
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_holes_reach_nothing(self, name):
+        torch.manual_seed(0)
+        objective, e = OBJECTIVES[name](3, 6).double(), random_embeddings(3, 5, 6)
+        present = torch.tensor([[True, True, False], [True, False, True], [False, True, True], [True]*3, [True]*3])
+        holes = [torch.where(present[:, m, None], x, math.nan).requires_grad_() for m, x in enumerate(e)]
+        objective(holes, present, generator(0)).backward()
+        for m, x in enumerate(holes): assert x.grad.isfinite().all() and (x.grad[~present[:, m]] == 0).all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+        assert objective.score([holes[0], e[1], holes[2]], 1, present).isfinite().all()
+
+    def test_half_precision_is_scored_in_full(self, name):
+        torch.manual_seed(0)
+        objective, e = OBJECTIVES[name](3, 64), [x.float() for x in random_embeddings(3, 5, 64)]
+        with torch.autocast("cpu", dtype=torch.bfloat16): inside = objective.score(e, 0)
+        assert inside.dtype == torch.float32 and torch.equal(inside, objective.score(e, 0))
+        assert objective.score([x.bfloat16() for x in e], 0).dtype == torch.float32
+
+    @pytest.mark.parametrize("spoil, error, words", [
+        (lambda e: [e[0], e[1][:3], e[2]], ShapeError, "same rows"),
+        (lambda e: [e[0], e[1][:, :3], e[2]], ShapeError, "share one width"),
+        (lambda e: e[:1], ShapeError, "at least 2 modalities"),
+        (lambda e: [x[:1] for x in e], ShapeError, "at least 2 rows"),
+        (lambda e: [x.long() for x in e], DtypeError, "floating"),
+        (lambda e: [e[0], e[1].float(), e[2]], DtypeError, "share one dtype"),
+        (lambda e: [e[0], e[1] * math.nan, e[2]], NonFiniteError, r"embeddings\[1\]"),
+        (lambda e: [e[0], e[1], e[2] / 0], NonFiniteError, r"embeddings\[2\]")])
+    def test_bad_batches_are_named(self, name, spoil, error, words):
+        objective = OBJECTIVES[name](3, 6).double()
+        with pytest.raises(error, match=words): objective(spoil(random_embeddings(3, 5, 6)))
+
+    def test_bad_calls_are_named(self, name):
+        objective, e = OBJECTIVES[name](3, 6).double(), random_embeddings(3, 5, 6)
+        for target in (3, -1, "x"):
+            with pytest.raises(RangeError, match="target"): objective.score(e, target)
+        with pytest.raises(MissingError, match="fewer than 2"): objective(e, torch.eye(5, 3) > 0)
+        with pytest.raises(MissingError, match="no query modality"): objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
+        with pytest.raises(DtypeError, match="bool"): objective(e, torch.ones(5, 3))
+        with pytest.raises(ShapeError, match="present"): objective(e, torch.ones(5, 2, dtype=torch.bool))
