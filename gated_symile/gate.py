@@ -113,7 +113,7 @@ class ModalityGate(nn.Module):
         neutral:str="learned", # neutral directions: `"learned"`, `"random"` and frozen, `"ones"`, `"none"` (never renormalised)
         kind:str="attention", # `"attention"`; `"matrix"`: a table blind to the input; `"open"`: alpha = 0, plain Symile
         renormalise:bool=True, # scale gated embeddings back to unit length
-        strength:float=0., # initial logit of alpha: 0 closes at most half, 3 at most 95 %
+        strength:float=3., # initial logit of alpha: at 3 the gate may close by 95 %, at 0 by half
         temperature:float=0.7, # initial T, more than 0.1
         learn_strength:bool=True, # whether alpha is learned
         learn_temperature:bool=True, # whether T is learned
