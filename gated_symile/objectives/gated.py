@@ -10,7 +10,6 @@ import torch
 from torch import nn, Tensor
 
 from ..contrastive import LogitScale, mean_over_targets
-from ..core import check_loss_input
 from ..gate import ModalityGate
 
 # %% ../../nbs/api/objectives/gated.ipynb #7d0f0a69
@@ -36,6 +35,6 @@ class GatedSymile(nn.Module):
         present:Tensor|None=None, # bool `(B, M)`: which modalities exist
         generator:torch.Generator|None=None, # not used: nothing is random here
     ) -> Tensor: # the loss, a scalar
-        "Mean InfoNCE over the targets. Errors: those of `check_loss_input`."
-        embeddings = check_loss_input(embeddings, present)
-        return mean_over_targets(lambda t: self.logit_scale() * self.score(embeddings, t, present), len(embeddings), present)
+        "Mean InfoNCE over the targets, on the very scores of `score`. Errors: those of `check_loss_input`."
+        scores = self.gate.all_scores(embeddings, present)
+        return mean_over_targets(lambda t: self.logit_scale() * scores[t], len(scores), present)

@@ -9,7 +9,7 @@ __all__ = ['NEGATIVES', 'leave_out_missing', 'Symile']
 import torch
 from torch import nn, Tensor
 
-from ..contrastive import candidate_scores, LogitScale, mean_over_targets, shuffle_scores
+from ..contrastive import all_loss, candidates_loss, LogitScale, shuffle_loss
 from ..core import check_loss_input, check_name, check_score_input, full_precision
 from ..mip import dvs, query_product
 
@@ -24,12 +24,12 @@ def leave_out_missing(
     return [e if m == target else torch.where(present[:, m, None], e, e.shape[1]**-0.5) for m, e in enumerate(embeddings)]
 
 # %% ../../nbs/api/objectives/symile.ipynb #e6b99f4a
-NEGATIVES = {"shuffle": shuffle_scores, "candidates": candidate_scores}
+NEGATIVES = {"shuffle": shuffle_loss, "candidates": candidates_loss, "all": all_loss}
 
 class Symile(nn.Module):
     "InfoNCE on the variance-scaled MIP, averaged over the targets (Saporta et al. 2024, section 3); any M >= 2."
     def __init__(self,
-        negatives:str="shuffle", # `"shuffle"`: shuffled tuples for each anchor; `"candidates"`: only the target is replaced
+        negatives:str="shuffle", # `"shuffle"`: shuffled tuples for each anchor; `"candidates"`: only the target is replaced; `"all"`: every combination
         log_scale:float=0., # initial logarithm of the contrastive scale
     ):
         super().__init__()
@@ -54,4 +54,4 @@ class Symile(nn.Module):
         "Mean InfoNCE over the targets. Errors: those of `check_loss_input`."
         embeddings = leave_out_missing(check_loss_input(embeddings, present), present)
         with full_precision(embeddings[0]):
-            return mean_over_targets(lambda t: self.logit_scale() * self.negatives(embeddings, t, generator), len(embeddings), present)
+            return self.negatives(embeddings, self.logit_scale(), present, generator)
