@@ -17,6 +17,7 @@ setup(
     author=cfg["author"],
     url=cfg["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["gated_symile", "gated_symile.*"]),
     package_data={"gated_symile": ["data/mfeat.npz", "data/mfeat.md"]},
     python_requires=f">={cfg['min_python']}",

@@ -43,10 +43,11 @@ class AttentionFit(nn.Module):
         candidates:Tensor, # `(N, D)`
         target:int, # index of the target
         answers:list[Tensor|None], # M projections `(B, K)`; slot `target` is not looked at
-    ) -> tuple[list[Tensor], Tensor]: # M-1 matrices of cosines `(B, N)`, and NULL `(N,)`
-        asked = unit(candidates @ self.query[target].T)                            # (N, K)
+        temperature:Tensor, # T, a scalar
+    ) -> tuple[list[Tensor], Tensor]: # M-1 matrices of logits `(B, N)`, and those of NULL `(N,)`
+        asked = unit(candidates @ self.query[target].T) / temperature              # (N, K)
         fits = [answer @ asked.T for m, answer in enumerate(answers) if m != target]
-        return fits, self.null_head(candidates)[:, 0] + self.null_bias[target]
+        return fits, (self.null_head(candidates)[:, 0] + self.null_bias[target]) / temperature
 
 # %% ../nbs/api/gate.ipynb #5dee425e
 class TableFit(nn.Module):
@@ -65,8 +66,10 @@ class TableFit(nn.Module):
         candidates:Tensor, # not looked at
         target:int, # index of the target
         answers:list, # M of anything; only their number matters
+        temperature:Tensor, # T, a scalar
     ) -> tuple[list[Tensor], Tensor]: # M-1 numbers `(1, 1)`, and NULL `(1,)`
-        return [self.table[target, m].view(1, 1) for m in range(len(answers)) if m != target], self.null_bias[target, None]
+        fits = [self.table[target, m].view(1, 1) / temperature for m in range(len(answers)) if m != target]
+        return fits, self.null_bias[target, None] / temperature
 
 # %% ../nbs/api/gate.ipynb #4898aff7
 def softmax_weights(
@@ -122,42 +125,46 @@ def length_coefficients(
 # %% ../nbs/api/gate.ipynb #6954cef6
 BLOCK = 2**16 # entries of a block: 256 KiB of float32
 
+def _closing(strength, weights, here): return torch.rsub(weights, 1).mul_(strength).mul_(here)
 def _squared_lengths(coefficients, c): return torch.addcmul(coefficients[0], c, torch.addcmul(coefficients[1], c, coefficients[2])).clamp_min_(EPS**2)
 
 class _GatedScores(torch.autograd.Function):
     "Interpolated corners over the lengths of the interpolated embeddings, block by block; see the derivation above."
     @staticmethod
-    def forward(ctx, closing, coefficients, *corners):
+    def forward(ctx, strength, weights, here, coefficients, *corners):
         scores = torch.empty_like(corners[0])
         step = max(1, BLOCK // scores.shape[1])
         ctx.blocks = [slice(start, start + step) for start in range(0, len(scores), step)]
         for rows in ctx.blocks:
-            c = closing[:, rows]
+            c = _closing(strength, weights[:, rows], here[:, rows])
             u = interpolate([corner[rows] for corner in corners[:-1]] + [corners[-1]], c)[-1][0]
             torch.mul(u, _squared_lengths(coefficients[:, :, rows], c).prod(0).rsqrt_(), out=scores[rows])
-        ctx.save_for_backward(scores, closing, coefficients, *corners)
+        ctx.save_for_backward(scores, strength, weights, here, coefficients, *corners)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        scores, closing, coefficients, *corners = ctx.saved_tensors
-        d_closing, d_coefficients = torch.empty_like(closing, memory_format=torch.contiguous_format), torch.empty_like(coefficients)
+        scores, strength, weights, here, coefficients, *corners = ctx.saved_tensors
+        d_weights, d_coefficients = weights.new_empty(weights.shape), torch.empty_like(coefficients)
+        d_strength = torch.zeros_like(strength)
         d_corners = [torch.empty_like(corner) for corner in corners[:-1]] + [torch.zeros_like(corners[-1])]
         for rows in ctx.blocks:
-            c, a, g = closing[:, rows], coefficients[:, :, rows], upstream[rows]
+            c, a, g = _closing(strength, weights[:, rows], here[:, rows]), coefficients[:, :, rows], upstream[rows]
             q = _squared_lengths(a, c)
             dq = torch.div(g * scores[rows], q).mul_(-0.5).masked_fill_(q <= EPS**2, 0.)                    # (M-1, b, N)
             dqc = dq * c
             for power, moment in enumerate((dq.sum(-1), dqc.sum(-1), (dqc * c).sum(-1))): d_coefficients[power, :, rows, 0] = moment
-            dc = torch.mul(dq, torch.addcmul(a[1], c, a[2], value=2), out=d_closing[:, rows])
+            dc = dq.mul_(torch.addcmul(a[1], c, a[2], value=2))
             levels, branches = interpolate([corner[rows] for corner in corners[:-1]] + [corners[-1]], c), [g * q.prod(0).rsqrt_()]
             for m, level in enumerate(reversed(levels[:-1])):                                               # from the root to the corners
                 for d, open, closed in zip(branches, level[::2], level[1::2]): dc[m].addcmul_(d, closed - open)
                 branches = [part for d in branches for share in (d * c[m],) for part in (d - share, share)]
             for d_corner, d in zip(d_corners[:-1], branches): d_corner[rows] = d
-            d_corners[-1] += branches[-1].sum(0) if len(corners[-1]) == 1 else 0.
-        return d_closing, d_coefficients, *d_corners
+            d_corners[-1] += branches[-1].sum(0)
+            d_strength -= (dc.mul_(here[:, rows]) * (weights[:, rows] - 1)).sum()
+            torch.mul(dc, -strength, out=d_weights[:, rows])
+        return d_strength, d_weights, None, d_coefficients, *d_corners
 
 # %% ../nbs/api/gate.ipynb #3f79b67a
 class ModalityGate(nn.Module):
@@ -211,8 +218,8 @@ def _check_sizes(self:ModalityGate, embeddings):
 @patch
 def _weights(self:ModalityGate, embeddings, target, present=None, answers=None):
     "`weights` for checked input, modalities first; broadcasts to `(M-1, B, N)`."
-    fits, null = self.fit(embeddings[target], target, self.fit.answers(embeddings, target) if answers is None else answers)
-    fits, null = [fit / self.temperature() for fit in fits], null / self.temperature()
+    answers = self.fit.answers(embeddings, target) if answers is None else answers
+    fits, null = self.fit(embeddings[target], target, answers, self.temperature())
     if present is not None:
         columns = [present[:, m, None] for m in range(self.n_modalities) if m != target]
         fits = [torch.where(column, fit, -math.inf) for column, fit in zip(columns, fits)]
@@ -232,13 +239,12 @@ def weights(self:ModalityGate,
 
 # %% ../nbs/api/gate.ipynb #5026fc32
 @patch
-def _closing(self:ModalityGate, embeddings, target, present=None, answers=None):
-    "For each query modality embeddings `(B, D)` and neutral `(1, D)`; and how far the gate closes, broadcasting to `(M-1, B, N)`."
-    weights, _ = self._weights(embeddings, target, present, answers)
-    queries, neutral, closing = [m for m in range(self.n_modalities) if m != target], self.neutral(), self.strength() * (1 - weights)
-    if present is None: return [(embeddings[m], neutral[m, None]) for m in queries], closing
+def _ends(self:ModalityGate, embeddings, target, present=None):
+    "For each query modality embeddings `(B, D)` and neutral `(1, D)`; and whether the gate may close, `(M-1, B, 1)`."
+    queries, neutral = [m for m in range(self.n_modalities) if m != target], self.neutral()
+    if present is None: return [(embeddings[m], neutral[m, None]) for m in queries], neutral.new_ones(len(queries), len(embeddings[queries[0]]), 1)
     here, stand_in = present.T[queries, :, None], self.neutral.stand_in() # a missing modality is exactly its stand-in
-    return [(torch.where(h, embeddings[m], stand_in[m]), neutral[m, None]) for h, m in zip(here, queries)], torch.where(here, closing, 0.)
+    return [(torch.where(h, embeddings[m], stand_in[m]), neutral[m, None]) for h, m in zip(here, queries)], here.to(neutral)
 
 @patch
 def gated(self:ModalityGate,
@@ -249,8 +255,10 @@ def gated(self:ModalityGate,
     "The definition of the gated embeddings, written out: the oracle of `scores` (Gated Symile, section 4)."
     embeddings, gated = self._check_sizes(check_score_input(embeddings, target, present)), []
     with full_precision(embeddings[0]):
-        for (e, n), c in zip(*self._closing(embeddings, target, present)):
-            c = c.expand(len(e), len(embeddings[target]))[..., None]                # (B, N, 1)
+        ends, here = self._ends(embeddings, target, present)
+        weights, _ = self._weights(embeddings, target, present)
+        for (e, n), w, h in zip(ends, weights, here):
+            c = (self.strength() * (1 - w) * h).expand(len(e), len(embeddings[target]))[..., None] # (B, N, 1)
             g = (1 - c)*e[:, None] + c*n                                           # (B, N, D)
             gated.append(unit(g) if self.renormalise else g)
     return torch.stack(gated, 2)
@@ -259,11 +267,12 @@ def gated(self:ModalityGate,
 @patch
 def _scores(self:ModalityGate, embeddings, target, present=None, answers=None):
     "`scores` for checked input."
-    ends, closing = self._closing(embeddings, target, present, answers)
-    corners = corner_scores(ends, embeddings[target])
+    ends, here = self._ends(embeddings, target, present)
+    weights, _ = self._weights(embeddings, target, present, answers)
+    corners = corner_scores(ends, dvs(self.n_modalities, self.dim) * embeddings[target])
     coefficients = length_coefficients(ends)
     if not self.renormalise: coefficients = torch.stack([torch.full_like(coefficients[0], a) for a in (1., 0., 0.)])
-    return dvs(self.n_modalities, self.dim) * _GatedScores.apply(closing.expand(-1, *corners[0].shape), coefficients, *corners)
+    return _GatedScores.apply(self.strength(), weights.expand(-1, *corners[0].shape), here, coefficients, *corners)
 
 @patch
 def scores(self:ModalityGate,

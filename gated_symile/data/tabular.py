@@ -8,14 +8,14 @@ __all__ = ['load_tabular']
 # %% ../../nbs/api/data/tabular.ipynb #7acef2a8
 import warnings
 import zipfile
-import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, DtypeError, NonFiniteError, ShapeError
+from ..core import DataError, DtypeError, GatedSymileError, NonFiniteError, ShapeError
 from .dataset import checked_names, MultimodalDataset
 
 # %% ../../nbs/api/data/tabular.ipynb #61587f42
@@ -50,17 +50,26 @@ def _features(frame, where):
     return torch.from_numpy(values)
 
 # %% ../../nbs/api/data/tabular.ipynb #40faafc6
+@contextmanager
+def _reading(what, how=""):
+    "A damaged file can make its reader raise anything: all of it becomes a `DataError` that names the file."
+    try: yield
+    except GatedSymileError: raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        hint = "; Python objects (a pickle) are never loaded, save numbers" if "pickle" in reason else ""
+        raise DataError(" ".join(filter(None, [what, "can't be read", how])) + f": {reason}{hint}") from error
+
 def _read_frame(path, id):
     "One Parquet or CSV file as a data frame, column names as text and each only once."
     kind = path.suffix[1:].lower()
-    try:
+    with _reading(path.name, f"as {kind}"):
         frame = pd.read_parquet(path) if kind == "parquet" else pd.read_csv(path, converters={id: str}, low_memory=False)
         header = frame.columns if kind == "parquet" else pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
-    except (ValueError, OSError, NotImplementedError) as error:         # the readers raise subclasses of these
-        raise DataError(f"{path.name} can't be read as {kind}: {str(error).splitlines()[0]}") from error
     twice = pd.Index(header)[pd.Index(header).duplicated()].tolist()
     if twice: raise DataError(f"{path.name}: duplicate columns {twice[:5]}")
     if kind == "csv" and not isinstance(frame.index, pd.RangeIndex): raise DataError(f"{path.name}: rows have more fields than the header")
+    if id in frame.index.names and id in frame.columns: raise DataError(f"{path.name}: both the index and a column are called {id!r}")
     if id in frame.index.names: frame = frame.reset_index()
     return frame.set_axis(frame.columns.map(str), axis=1)
 
@@ -90,10 +99,7 @@ def _join(tables):
 # %% ../../nbs/api/data/tabular.ipynb #d4421edc
 def _stored_array(stored, name, where):
     "One array of an open npz file."
-    try: x = stored[name]
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        hint = "; Python objects (a pickle) are never loaded, save numbers" if "pickle" in str(error) else ""
-        raise DataError(f"{where}: array {name!r} can't be read: {error}{hint}") from error
+    with _reading(f"{where}: array {name!r}"): x = stored[name]
     if not isinstance(x, np.ndarray): raise DataError(f"{where}: {name!r} is no array")
     return x
 
@@ -106,13 +112,15 @@ def _matrix(x, where):
 def _read_npz(path, id, names):
     "An npz file of arrays with corresponding rows."
     if not zipfile.is_zipfile(path): raise DataError(f"{path.name} is no npz file, or only a part of one")
-    with np.load(path, allow_pickle=False) as stored:
+    with _reading(path.name, "as npz"), np.load(path, allow_pickle=False) as stored:
         there = [name for name in stored.files if name != id]
         if not there: raise DataError(f"{path.name} holds no arrays besides the ids")
         wanted = there if names is None else checked_names(names, there)
         arrays = {name: _matrix(_stored_array(stored, name, path.name), f"{path.name}: array {name!r}") for name in wanted}
-        ids = _checked_ids(_stored_array(stored, id, path.name), path.name) if id in stored.files else None
-    return MultimodalDataset(arrays, ids=ids)
+        ids = _stored_array(stored, id, path.name) if id in stored.files else None
+    if ids is not None and (ids.ndim != 1 or ids.dtype.names):
+        raise ShapeError(f"{path.name}: array {id!r} must be flat, an id a row, got shape {ids.shape} of {ids.dtype}")
+    return MultimodalDataset(arrays, ids=None if ids is None else _checked_ids(ids, path.name))
 
 # %% ../../nbs/api/data/tabular.ipynb #06e93c1a
 def _tables(source):

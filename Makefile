@@ -1,0 +1,51 @@
+# Everything happens in .venv, which is made on first use; nothing is registered outside this folder.
+# On Linux without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the CUDA build of torch, several GB.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+DEMO := runs/demo
+# These models are small: one thread is as fast as many on an idle machine, many times faster on a busy one, and gives the same bits on both.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test docs preview notebooks clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+setup: $(READY) ## make .venv with the tested versions (every other command does so first)
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing the tested versions into .venv (a minute or so; longer where torch has to be downloaded) ..."
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) found. Install Python $(MIN) or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' || \
+	  { echo "Python $(MIN) or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+demo: $(READY) ## train CLIP, Symile and Gated Symile on real data; results in runs/demo
+	@mkdir -p $(DEMO)
+	@$(BIN)/python -m papermill nbs/experiments/retrieval.ipynb $(DEMO)/retrieval.ipynb --kernel python3 \
+	  -p data mfeat -p out $(DEMO) -y 'objectives: [PairwiseCLIP, Symile, GatedSymile]' -y 'p: [0, 0.5, 1]'
+	@$(BIN)/python -m nbconvert --log-level ERROR --to html $(DEMO)/retrieval.ipynb
+	@$(BIN)/python tools/demo.py $(DEMO)
+
+test: $(READY) ## run every check, as continuous integration does
+	@$(BIN)/python tools/check.py
+
+docs: $(READY) ## build the site into _docs, with Quarto where it is installed, else with smalldocs
+	@$(BIN)/python tools/docs.py build
+
+preview: $(READY) ## serve the site on this machine and rebuild it when a notebook changes
+	@$(BIN)/python tools/docs.py serve
+
+notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/mip.ipynb ..."; make README.md
+	@$(BIN)/python tools/notebooks.py $(NB)
+
+clean: ## remove what was built (not .venv, not runs)
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,78 @@
+"The site, as a reader gets it: every page there and reachable, API tables, formulas, no broken link, nothing from other hosts."
+import inspect, re, subprocess, sys
+from html import unescape
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import gated_symile.core
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT/"_docs"
+sys.path.insert(0, str(ROOT/"tools"))
+import docs
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site():
+    done = subprocess.run([sys.executable, "tools/docs.py", "check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def text(page): return (SITE/page).read_text(encoding="utf-8")
+
+
+def test_every_notebook_is_a_page_that_can_be_reached():
+    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html") for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    reached, left = set(), [SITE/"index.html"]
+    while left:
+        page = left.pop()
+        if page in reached or page.suffix != ".html" or not page.exists(): continue
+        reached.add(page)
+        left += [(page.parent/urlsplit(u).path).resolve() for u in docs.Page(page).links if not urlsplit(u).netloc]
+    assert {p.relative_to(SITE.resolve()) for p in reached} >= notebooks
+
+
+def test_the_api_shows_signature_comments_and_docstring():
+    page = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", text("api/core.html"))))
+    source = inspect.getsource(gated_symile.core.fill_missing)
+    comments = re.findall(r"# (.*)", source)
+    assert comments and all(c in page for c in ["def fill_missing( x:Tensor,", *comments])
+    assert gated_symile.core.fill_missing.__doc__.split("`")[0].split(";")[0].strip() in page
+
+
+def test_formulas_are_drawn_without_a_script():
+    page = text("api/mip.html")
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML"' in page
+    assert not re.search(r'class="math|katex|mathjax', page, re.I)
+
+
+@pytest.mark.parametrize("tex, shown", [
+    (r"\alpha &lt; 1", "α<1"),
+    (r"\Big\langle x, y \Big\rangle", "⟨x,y⟩"),
+])
+def test_a_formula_keeps_its_characters(tex, shown):
+    match = docs.FORMULA.search(rf'a <span class="math inline">\({tex}\)</span> b')
+    assert unescape(re.sub("<[^>]+>", "", docs.mathml(match))) == shown
+
+
+def test_a_formula_that_is_not_understood_is_noticed():
+    with pytest.raises(ValueError, match="nonsense"): docs.mathml(docs.FORMULA.search(r'<span class="math display">\[\nonsense{x}\]</span>'))
+
+
+@pytest.mark.parametrize("html, problem", [
+    ('<a href="b.html#x">', None),
+    ('<a href="b.html#y">', "no such place"),
+    ('<a href="c.html">', "does not exist"),
+    ('<img src="gone.png">', "does not exist"),
+    ('<a href="https://example.org/">', None),
+    ('<script src="https://example.org/a.js"></script>', "from another host"),
+])
+def test_a_broken_link_is_noticed(tmp_path, monkeypatch, html, problem):
+    (tmp_path/"a.html").write_text(html)
+    (tmp_path/"b.html").write_text('<h1 id="x">B</h1>')
+    monkeypatch.setattr(docs, "SITE", tmp_path)
+    found = docs.problems()
+    assert len(found) == bool(problem) and all(problem in f for f in found)
