@@ -30,18 +30,23 @@ def _blocks(n, block_size, device=None):
 
 # %% ../nbs/api/retrieval.ipynb #9a78fcc1
 def _scored(score, embeddings, target, present, rows, block_size, wanted=None):
-    "Blocks of candidates for a block of queries: indices `(n,)`, scores `(b, n)`; only those with a `wanted` candidate, if given."
+    "Blocks of candidates for a block of queries: indices `(n,)`, scores `(b, n)` and the highest `(b,)`; only those with a `wanted` candidate, if given."
     i, b = rows
-    for j, n in _blocks(len(embeddings[target]), block_size, i.device):
+    queries, asked = [None if m == target else e[i] for m, e in enumerate(embeddings)], None if present is None else present[i]
+    size = (16*-(-block_size // 16))**2 // len(i) // 16 * 16                    # few queries: many candidates at a time
+    for j, n in _blocks(len(embeddings[target]), size, i.device):
         if wanted is not None and not torch.isin(wanted, j[:n]).any(): continue
-        scores = score([e[j if m == target else i] for m, e in enumerate(embeddings)], target, None if present is None else present[i])
+        bank = embeddings[target]
+        candidates = bank[int(j[0]):int(j[-1]) + 1] if n == len(j) else bank[j]
+        scores = score([candidates if m == target else e for m, e in enumerate(queries)], target, asked)
         if scores.shape != (len(i), len(j)):
             raise ShapeError(f"score must return (B, N), here {(len(i), len(j))}, got {tuple(scores.shape)}")
         scores = scores[:b, :n]
-        if scores.isnan().any():
-            bad = i[:b][scores.isnan().any(1)].tolist()
+        highest = scores.amax(1)                                                # NaN wherever there is one
+        if highest.isnan().any():
+            bad = i[:b][highest.isnan()].tolist()
             raise NonFiniteError(f"score is NaN for {len(bad)} queries, the first: {bad[:5]}")
-        yield j[:n], scores
+        yield j[:n], scores, highest
 
 def _check_whole(argument, value, low, high=float("inf")):
     "`check_range` for a number that counts something; `DtypeError` for a fraction."
@@ -64,6 +69,14 @@ def _best(scores, k):
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
 
+def _merge(values, indices, rows, more, at, k):
+    "The k best of those so far and of `more` candidates for some `rows`; among equals, those so far come first."
+    both, where = torch.cat([values[rows], more], 1), torch.cat([indices[rows], at], 1)
+    best, order = both.sort(dim=1, descending=True, stable=True)
+    if rows.all(): return best[:, :k], where.gather(1, order)[:, :k]
+    values[rows], indices[rows] = best[:, :k], where.gather(1, order)[:, :k]
+    return values, indices
+
 # %% ../nbs/api/retrieval.ipynb #77224915
 @torch.no_grad()
 def top_k(
@@ -72,20 +85,22 @@ def top_k(
     target:int, # index of the target modality
     k:int=10, # how many candidates to return, `1 <= k <= N`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
-    block_size:int=1024, # queries and candidates scored at a time, rounded up to a multiple of 16: no table of scores is larger
+    block_size:int=1024, # no more queries at a time, rounded up to a multiple of 16, and no table of scores larger than `block_size**2`
 ) -> tuple[Tensor, Tensor]: # scores `(B, k)` in descending order, and indices of the candidates `(B, k)`
     "The k best candidates of each query; `RangeError` for k, `NonFiniteError` for NaN scores, and what `check_score_input` raises."
     embeddings, B, N = _check_search(embeddings, target, present, block_size)
     _check_whole("k", k, 1, N)
     found = []
     for rows in _blocks(B, block_size, embeddings[0].device):
-        best = []
-        for j, s in _scored(score, embeddings, target, present, rows, block_size):
-            best.append((s, j.expand_as(s)))
-            s, j = (torch.cat(x, 1) for x in zip(*best))
-            values, order = _best(s, min(k, s.shape[1]))
-            best = [(values, j.gather(1, order))]
-        found += best
+        values, indices = None, None
+        for j, s, highest in _scored(score, embeddings, target, present, rows, block_size):
+            if values is None or values.shape[1] < k: new = torch.ones_like(highest, dtype=torch.bool)
+            else: new = highest > values[:, -1]
+            if not new.any(): continue
+            best, order = _best(s[new], min(k, s.shape[1]))
+            if values is None: values, indices = best, j[order]
+            else: values, indices = _merge(values, indices, new, best, j[order], k)
+        found.append((values, indices))
     values, indices = zip(*found)
     return torch.cat(values), torch.cat(indices)
 
@@ -147,7 +162,7 @@ def rank_true(
     target:int, # index of the target modality
     truth:Tensor|None=None, # indices `(B,)` of the true candidates; `None`: candidate i belongs to query i
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
-    block_size:int=1024, # queries and candidates scored at a time, rounded up to a multiple of 16: no table of scores is larger
+    block_size:int=1024, # no more queries at a time, rounded up to a multiple of 16, and no table of scores larger than `block_size**2`
 ) -> Ranks: # on the CPU
     "Where the true candidate of each query stands; errors of `top_k`, `RangeError` for a truth out of range, `MissingError` for a missing one."
     embeddings, B, N = _check_search(embeddings, target, present, block_size)
@@ -155,8 +170,8 @@ def rank_true(
     for rows in _blocks(B, block_size, truth.device):
         own = truth[rows[0][:rows[1]], None]                                                    # (b, 1)
         scored = lambda wanted=None: _scored(score, embeddings, target, present, rows, block_size, wanted)
-        mine = sum(torch.where(own == j, s, 0.).sum(1, keepdim=True) for j, s in scored(own))    # (b, 1)
-        counts.append(sum(torch.stack([((s > mine) & (j != own)).sum(1), ((s == mine) & (j != own)).sum(1)]) for j, s in scored()))
+        mine = sum(torch.where(own == j, s, 0.).sum(1, keepdim=True) for j, s, _ in scored(own))    # (b, 1)
+        counts.append(sum(torch.stack([((s > mine) & (j != own)).sum(1), ((s == mine) & (j != own)).sum(1)]) for j, s, _ in scored()))
     return Ranks(*torch.cat(counts, 1).cpu())
 
 # %% ../nbs/api/retrieval.ipynb #60b9551d
