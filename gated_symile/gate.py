@@ -28,7 +28,7 @@ class AttentionFit(nn.Module):
         key_dim:int=256, # K, the width of the projections
     ):
         super().__init__()
-        self.query, self.key = (nn.Parameter(torch.empty(n_modalities, key_dim, dim).uniform_(-dim**-0.5, dim**-0.5)) for _ in range(2))
+        self.query, self.key = (nn.ModuleList(nn.Linear(dim, key_dim, bias=False) for _ in range(n_modalities)) for _ in range(2))
         self.null_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, key_dim), nn.ReLU(), nn.Linear(key_dim, 1))
         self.null_bias = nn.Parameter(torch.zeros(n_modalities))
 
@@ -37,7 +37,7 @@ class AttentionFit(nn.Module):
         target:int|None=None, # a slot that does not answer
     ) -> list[Tensor|None]: # M projections with unit rows, `(B, K)` each
         "What each modality answers, whoever asks."
-        return [None if m == target else unit(e @ w.T) for m, (e, w) in enumerate(zip(embeddings, self.key))]
+        return [None if m == target else unit(key(e)) for m, (e, key) in enumerate(zip(embeddings, self.key))]
 
     def forward(self,
         candidates:Tensor, # `(N, D)`
@@ -45,7 +45,7 @@ class AttentionFit(nn.Module):
         answers:list[Tensor|None], # M projections `(B, K)`; slot `target` is not looked at
         temperature:Tensor, # T, a scalar
     ) -> tuple[list[Tensor], Tensor]: # M-1 matrices of logits `(B, N)`, and those of NULL `(N,)`
-        asked = unit(candidates @ self.query[target].T) / temperature              # (N, K)
+        asked = unit(self.query[target](candidates)) / temperature                 # (N, K)
         fits = [answer @ asked.T for m, answer in enumerate(answers) if m != target]
         return fits, (self.null_head(candidates)[:, 0] + self.null_bias[target]) / temperature
 
@@ -110,7 +110,7 @@ def interpolate(
 ) -> list[list[Tensor]]: # the levels of the tree: the corners, half as many, ..., one `(B, N)`
     "Interpolate between open and closed, for one modality after the other, the last one first."
     levels = [corners]
-    for c in closing.flip(0): levels.append([torch.lerp(*torch.broadcast_tensors(open, closed, c)) for open, closed in zip(levels[-1][::2], levels[-1][1::2])])
+    for c in reversed(closing.unbind()): levels.append([torch.lerp(*torch.broadcast_tensors(open, closed, c)) for open, closed in zip(levels[-1][::2], levels[-1][1::2])])
     return levels
 
 # %% ../nbs/api/gate.ipynb #956d8dfb
@@ -152,7 +152,7 @@ class _GatedScores(torch.autograd.Function):
         for rows in ctx.blocks:
             c, a, g = _closing(strength, weights[:, rows], here[:, rows]), coefficients[:, :, rows], upstream[rows]
             q = _squared_lengths(a, c)
-            dq = torch.div(g * scores[rows], q).mul_(-0.5).masked_fill_(q <= EPS**2, 0.)                    # (M-1, b, N)
+            dq = torch.div(g * scores[rows], q).mul_(-0.5)                                                    # (M-1, b, N)
             dqc = dq * c
             for power, moment in enumerate((dq.sum(-1), dqc.sum(-1), (dqc * c).sum(-1))): d_coefficients[power, :, rows, 0] = moment
             dc = dq.mul_(torch.addcmul(a[1], c, a[2], value=2))

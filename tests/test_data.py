@@ -1,4 +1,6 @@
 "Data: corruption does what `corrupted` says and nothing else, joins are those of a dict, and a person's bad files are named."
+import builtins
+import io
 import os
 import pickle
 import random
@@ -264,7 +266,7 @@ NPZ = {
 @pytest.mark.parametrize("case", NPZ)
 def test_a_bad_npz_is_named(tmp_path, case):
     content, error, parts = NPZ[case]
-    refused(error, *parts, source=write(tmp_path/"bad.npz", content))
+    refused(error, "bad.npz", *parts, source=write(tmp_path/"bad.npz", content))
 
 
 class Trap:
@@ -345,6 +347,16 @@ def test_an_id_that_is_both_index_and_column_is_named(tmp_path):
     refused(DataError, "bad.parquet", "id", source=tmp_path/"bad.parquet")
 
 
+@pytest.mark.parametrize("names", [["id", "x"], ["x", "id"]])
+def test_an_index_level_that_is_also_a_column_is_named(tmp_path, names):
+    pd.DataFrame(dict(x=[1]), index=pd.MultiIndex.from_arrays([["a"], ["b"]], names=names)).to_parquet(tmp_path/"bad.parquet")
+    refused(DataError, "bad.parquet", "index", "x", source=tmp_path/"bad.parquet")
+
+
+@pytest.mark.parametrize("source", [None, 3, [None], b"scan.csv", {"scan": "scan.csv"}])
+def test_a_source_that_is_no_path_is_refused(source): refused(DtypeError, "source", "None" if source == [None] else repr(source), source=source)
+
+
 def test_an_unknown_name_lists_what_there_is(tmp_path):
     npz = write(tmp_path/"study.npz", dict(scan=np.ones(2), blood=np.ones(2), id=["a", "b"]))
     for name in ("scan", "blood"): write(tmp_path/"clinic"/f"{name}.csv", "id,x\na,1\n")
@@ -389,7 +401,18 @@ def test_other_files_of_a_folder_are_passed_over_aloud(tmp_path):
 def test_a_file_that_may_not_be_read_is_named(tmp_path, name):
     path = write(tmp_path/name, "id,x\na,1\n" if name.endswith("csv") else dict(x=np.ones(2)))
     path.chmod(0)
-    refused(DataError, name, source=path)
+    refused(DataError, name, "Permission denied", source=path)
+
+
+@pytest.mark.parametrize("name", ["blood.csv", "study.npz"])
+def test_a_file_that_will_not_open_is_named(tmp_path, name, monkeypatch):
+    path, real = write(tmp_path/name, "id,x\na,1\n" if name.endswith("csv") else dict(x=np.ones(2))), io.open
+    def locked(file, *args, **options):
+        "As the system refuses it, for a user (root, say) to whom everything opens."
+        if str(file) == str(path): raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *args, **options)
+    for module in (io, builtins): monkeypatch.setattr(module, "open", locked)
+    refused(DataError, name, "Permission denied", source=path)
 
 
 def test_odd_column_names_are_fine(tmp_path):

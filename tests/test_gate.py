@@ -114,7 +114,10 @@ def test_order_of_modalities_does_not_matter(size, options, holes, seed):
     gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
     order = torch.randperm(size[0], generator=generator(seed))
     turned = ModalityGate(size[0], size[3], size[4], **options).double()
-    state = {k: v[order] if k.startswith(("neutral", "fit.query", "fit.key", "fit.null_bias")) else v for k, v in gate.state_dict().items()}
+    state = {k: v[order] if k in ("neutral.directions", "fit.null_bias") else v for k, v in gate.state_dict().items()}
+    for name in ("query", "key"):
+        for new, old in enumerate(order.tolist()):
+            if f"fit.{name}.{old}.weight" in state: state[f"fit.{name}.{new}.weight"] = gate.state_dict()[f"fit.{name}.{old}.weight"]
     if "fit.table" in state: state["fit.table"] = state["fit.table"][order][:, order]
     turned.load_state_dict(state)
     got = turned.scores([embeddings[m] for m in order], order.tolist().index(target), None if present is None else present[:, order])

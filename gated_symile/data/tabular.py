@@ -70,7 +70,7 @@ def _read_frame(path, id):
     if twice: raise DataError(f"{path.name}: duplicate columns {twice[:5]}")
     if kind == "csv" and not isinstance(frame.index, pd.RangeIndex): raise DataError(f"{path.name}: rows have more fields than the header")
     if id in frame.index.names and id in frame.columns: raise DataError(f"{path.name}: both the index and a column are called {id!r}")
-    if id in frame.index.names: frame = frame.reset_index()
+    with _reading(f"{path.name}: the index", "as columns"): frame = frame.reset_index() if id in frame.index.names else frame
     return frame.set_axis(frame.columns.map(str), axis=1)
 
 def _read_table(path, id):
@@ -111,7 +111,8 @@ def _matrix(x, where):
 
 def _read_npz(path, id, names):
     "An npz file of arrays with corresponding rows."
-    if not zipfile.is_zipfile(path): raise DataError(f"{path.name} is no npz file, or only a part of one")
+    with _reading(path.name, "as npz"), path.open("rb") as file:
+        if not zipfile.is_zipfile(file): raise DataError(f"{path.name} is no npz file, or only a part of one")
     with _reading(path.name, "as npz"), np.load(path, allow_pickle=False) as stored:
         there = [name for name in stored.files if name != id]
         if not there: raise DataError(f"{path.name} holds no arrays besides the ids")
@@ -120,7 +121,9 @@ def _read_npz(path, id, names):
         ids = _stored_array(stored, id, path.name) if id in stored.files else None
     if ids is not None and (ids.ndim != 1 or ids.dtype.names):
         raise ShapeError(f"{path.name}: array {id!r} must be flat, an id a row, got shape {ids.shape} of {ids.dtype}")
-    return MultimodalDataset(arrays, ids=None if ids is None else _checked_ids(ids, path.name))
+    ids = None if ids is None else _checked_ids(ids, path.name)
+    try: return MultimodalDataset(arrays, ids=ids)
+    except GatedSymileError as error: raise type(error)(f"{path.name}: {error}") from error
 
 # %% ../../nbs/api/data/tabular.ipynb #06e93c1a
 def _tables(source):
@@ -146,6 +149,9 @@ def load_tabular(
     names:list[str]|None=None, # the modalities to read, in this order; `None`: all
 ) -> MultimodalDataset: # every id that occurs anywhere, NaN where it has no entry, `ids` as text
     "Read a person's tables; `FileNotFoundError`, `DataError`, `DtypeError`, `ShapeError`, `NonFiniteError`, `UnknownNameError` say what and where."
+    paths = source if isinstance(source, (list, tuple)) else [source]
+    other = [path for path in paths if not isinstance(path, (str, Path))]
+    if other: raise DtypeError(f"source must be a path or a list of paths, got {other[0]!r:.60}")
     if isinstance(source, (str, Path)):
         source = Path(source)
         if not source.exists(): raise FileNotFoundError(f"no such file or folder: {source}")
