@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from . import core
 from .core import check_name, check_range, generator, DataError, DtypeError, OutputError, UnknownNameError
@@ -36,7 +37,7 @@ from .objectives.clip import PairwiseCLIP
 from .objectives.gated import GatedSymile
 from .objectives.symile import Symile
 from .plots import mean_over_seeds
-from .training import fit, MultimodalModel, rank_dataset, save_model, tqdm, write_atomically
+from .training import fit, MultimodalModel, rank_dataset, save_model, write_atomically
 
 # %% ../nbs/api/experiment.ipynb #f3321448
 CORRUPTIONS = {"swap": Swap, "gaussian": Gaussian, "missing": Missing}

@@ -19,16 +19,13 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from schedulefree import AdamWScheduleFree
 from torch import nn, Tensor
+from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
 from .core import (check_finite, check_name, check_range, fill_missing, generator, unit,
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
 from .retrieval import evaluating, rank_in_banks, Ranks
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore") # a notebook without ipywidgets gets a plain bar, and needs no advice
-    from tqdm.auto import tqdm
 
 # %% ../nbs/api/training.ipynb #05c22776
 class MultimodalModel(nn.Module):
