@@ -8,6 +8,8 @@ __all__ = ['WEIGHTINGS', 'FITS', 'BLOCK', 'AttentionFit', 'TableFit', 'softmax_w
 
 # %% ../nbs/api/gate.ipynb #530f6f8c
 import math
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -32,22 +34,22 @@ class AttentionFit(nn.Module):
         self.null_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, key_dim), nn.ReLU(), nn.Linear(key_dim, 1))
         self.null_bias = nn.Parameter(torch.zeros(n_modalities))
 
-    def answers(self,
-        embeddings:list[Tensor], # M tensors
-        target:int|None=None, # a slot that does not answer
-    ) -> list[Tensor|None]: # M projections with unit rows, `(B, K)` each
-        "What each modality answers, whoever asks."
-        return [None if m == target else unit(key(e)) for m, (e, key) in enumerate(zip(embeddings, self.key))]
+    def answer(self,
+        e:Tensor, # rows of one modality `(B, D)`
+        m:int, # which modality
+    ) -> Tensor: # `(B, K)`, unit rows
+        "What a modality answers, whoever asks."
+        return unit(self.key[m](e))
 
     def forward(self,
         candidates:Tensor, # `(N, D)`
         target:int, # index of the target
-        answers:list[Tensor|None], # M projections `(B, K)`; slot `target` is not looked at
+        answers:dict[int, Tensor], # for each query modality by its index `(B, K)`
         temperature:Tensor, # T, a scalar
     ) -> tuple[list[Tensor], Tensor]: # M-1 matrices of logits `(B, N)`, and those of NULL `(N,)`
         asked = unit(self.query[target](candidates)) / temperature                 # (N, K)
-        fits = [answer @ asked.T for m, answer in enumerate(answers) if m != target]
-        return fits, (self.null_head(candidates)[:, 0] + self.null_bias[target]) / temperature
+        null = self.null_head(candidates)[:, 0] + self.null_bias[target]
+        return [answer @ asked.T for answer in answers.values()], null / temperature
 
 # %% ../nbs/api/gate.ipynb #5dee425e
 class TableFit(nn.Module):
@@ -60,15 +62,15 @@ class TableFit(nn.Module):
         super().__init__()
         self.table, self.null_bias = nn.Parameter(torch.zeros(n_modalities, n_modalities)), nn.Parameter(torch.zeros(n_modalities))
 
-    def answers(self, embeddings, target=None): return [None]*len(embeddings)
+    def answer(self, e, m): return e
 
     def forward(self,
         candidates:Tensor, # not looked at
         target:int, # index of the target
-        answers:list, # M of anything; only their number matters
+        answers:dict[int, Tensor], # only the indices matter
         temperature:Tensor, # T, a scalar
     ) -> tuple[list[Tensor], Tensor]: # M-1 numbers `(1, 1)`, and NULL `(1,)`
-        fits = [self.table[target, m].view(1, 1) / temperature for m in range(len(answers)) if m != target]
+        fits = [self.table[target, m].view(1, 1) / temperature for m in answers]
         return fits, self.null_bias[target, None] / temperature
 
 # %% ../nbs/api/gate.ipynb #4898aff7
@@ -115,11 +117,11 @@ def interpolate(
 
 # %% ../nbs/api/gate.ipynb #956d8dfb
 def length_coefficients(
-    ends:list[tuple[Tensor, Tensor]], # for each query modality embeddings `(B, D)` and the neutral direction `(1, D)`
-) -> Tensor: # `(3, M-1, B, 1)`: the squared length of `(1-c) e + c n` is `a0 + c*(a1 + c*a2)`
+    e:Tensor, # embeddings `(B, D)`
+    n:Tensor, # neutral direction `(1, D)`
+) -> Tensor: # `(3, B, 1)`: the squared length of `(1-c) e + c n` is `a0 + c*(a1 + c*a2)`
     "The three numbers that give the length of an interpolated embedding."
-    ee, en, nn = (torch.stack([(x*y).sum(1, keepdim=True).expand(len(e), 1) for x, y in pairs])
-                  for e, _ in ends[:1] for pairs in ([(e, e) for e, _ in ends], ends, [(n, n) for _, n in ends]))
+    ee, en, nn = (e*e).sum(1, keepdim=True), (e*n).sum(1, keepdim=True), (n*n).sum(1, keepdim=True)
     return torch.stack([ee, 2*(en - ee), ee - 2*en + nn])
 
 # %% ../nbs/api/gate.ipynb #6954cef6
@@ -127,6 +129,8 @@ BLOCK = 2**16 # entries of a block: 256 KiB of float32
 
 def _closing(strength, weights, here): return torch.rsub(weights, 1).mul_(strength).mul_(here)
 def _squared_lengths(coefficients, c): return torch.addcmul(coefficients[0], c, torch.addcmul(coefficients[1], c, coefficients[2])).clamp_min_(EPS**2)
+
+def _inverse_length(q): return reduce(torch.mul, q.unbind()).rsqrt()
 
 class _GatedScores(torch.autograd.Function):
     "Interpolated corners over the lengths of the interpolated embeddings, block by block; see the derivation above."
@@ -138,7 +142,7 @@ class _GatedScores(torch.autograd.Function):
         for rows in ctx.blocks:
             c = _closing(strength, weights[:, rows], here[:, rows])
             u = interpolate([corner[rows] for corner in corners[:-1]] + [corners[-1]], c)[-1][0]
-            torch.mul(u, _squared_lengths(coefficients[:, :, rows], c).prod(0).rsqrt_(), out=scores[rows])
+            torch.mul(u, _inverse_length(_squared_lengths(coefficients[:, :, rows], c)), out=scores[rows])
         ctx.save_for_backward(scores, strength, weights, here, coefficients, *corners)
         return scores
 
@@ -156,7 +160,7 @@ class _GatedScores(torch.autograd.Function):
             dqc = dq * c
             for power, moment in enumerate((dq.sum(-1), dqc.sum(-1), (dqc * c).sum(-1))): d_coefficients[power, :, rows, 0] = moment
             dc = dq.mul_(torch.addcmul(a[1], c, a[2], value=2))
-            levels, branches = interpolate([corner[rows] for corner in corners[:-1]] + [corners[-1]], c), [g * q.prod(0).rsqrt_()]
+            levels, branches = interpolate([corner[rows] for corner in corners[:-1]] + [corners[-1]], c), [g * _inverse_length(q)]
             for m, level in enumerate(reversed(levels[:-1])):                                               # from the root to the corners
                 for d, open, closed in zip(branches, level[::2], level[1::2]): dc[m].addcmul_(d, closed - open)
                 branches = [part for d in branches for share in (d * c[m],) for part in (d - share, share)]
@@ -215,14 +219,32 @@ def _check_sizes(self:ModalityGate, embeddings):
                          f"got {len(embeddings)} of width {embeddings[0].shape[1]}")
     return embeddings
 
+class _Query(NamedTuple):
+    "What a query modality brings, whichever the target and the candidates."
+    e:Tensor # `(B, D)`; its stand-in where it is missing
+    n:Tensor # its neutral direction `(1, D)`
+    lengths:Tensor # `(3, B, 1)`
+    here:Tensor # whether it is present, 0 or 1, `(B, 1)`
+    answer:Tensor # `(B, K)`
+
 @patch
-def _weights(self:ModalityGate, embeddings, target, present=None, answers=None):
-    "`weights` for checked input, modalities first; broadcasts to `(M-1, B, N)`."
-    answers = self.fit.answers(embeddings, target) if answers is None else answers
-    fits, null = self.fit(embeddings[target], target, answers, self.temperature())
-    if present is not None:
-        columns = [present[:, m, None] for m in range(self.n_modalities) if m != target]
-        fits = [torch.where(column, fit, -math.inf) for column, fit in zip(columns, fits)]
+def _queries(self:ModalityGate, embeddings, target=None, present=None):
+    "For checked input, the query modalities by their index."
+    neutral, stand_in, queries = self.neutral(), self.neutral.stand_in(), {}
+    for m, e in enumerate(embeddings):
+        if m == target: continue
+        here = e.new_ones(len(e), 1) if present is None else present[:, m, None]
+        if present is not None: e = torch.where(here, e, stand_in[m])
+        lengths = length_coefficients(e, neutral[m, None])
+        if not self.renormalise: lengths = torch.stack([torch.full_like(lengths[0], a) for a in (1., 0., 0.)])
+        queries[m] = _Query(e, neutral[m, None], lengths, here.to(e), self.fit.answer(e, m))
+    return queries
+
+@patch
+def _weights(self:ModalityGate, queries, candidates, target):
+    "`weights` with the modalities first; broadcasts to `(M-1, B, N)`."
+    fits, null = self.fit(candidates, target, {m: q.answer for m, q in queries.items()}, self.temperature())
+    fits = [fit if q.here.all() else torch.where(q.here > 0, fit, -math.inf) for fit, q in zip(fits, queries.values())]
     return self.weigh(fits, null if self.null else torch.full_like(null, -math.inf))
 
 @patch
@@ -234,18 +256,11 @@ def weights(self:ModalityGate,
     "How far each query modality is trusted about each candidate; 0 where it is missing. Errors: those of `check_score_input`."
     embeddings = self._check_sizes(check_score_input(embeddings, target, present))
     shape = len(embeddings[0 if target else 1]), len(embeddings[target])
-    with full_precision(embeddings[0]): weights, null = self._weights(embeddings, target, present)
+    with full_precision(embeddings[0]):
+        weights, null = self._weights(self._queries(embeddings, target, present), embeddings[target], target)
     return weights.expand(-1, *shape).movedim(0, -1), null.expand(shape)
 
 # %% ../nbs/api/gate.ipynb #5026fc32
-@patch
-def _ends(self:ModalityGate, embeddings, target, present=None):
-    "For each query modality embeddings `(B, D)` and neutral `(1, D)`; and whether the gate may close, `(M-1, B, 1)`."
-    queries, neutral = [m for m in range(self.n_modalities) if m != target], self.neutral()
-    if present is None: return [(embeddings[m], neutral[m, None]) for m in queries], neutral.new_ones(len(queries), len(embeddings[queries[0]]), 1)
-    here, stand_in = present.T[queries, :, None], self.neutral.stand_in() # a missing modality is exactly its stand-in
-    return [(torch.where(h, embeddings[m], stand_in[m]), neutral[m, None]) for h, m in zip(here, queries)], here.to(neutral)
-
 @patch
 def gated(self:ModalityGate,
     embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
@@ -255,24 +270,22 @@ def gated(self:ModalityGate,
     "The definition of the gated embeddings, written out: the oracle of `scores` (Gated Symile, section 4)."
     embeddings, gated = self._check_sizes(check_score_input(embeddings, target, present)), []
     with full_precision(embeddings[0]):
-        ends, here = self._ends(embeddings, target, present)
-        weights, _ = self._weights(embeddings, target, present)
-        for (e, n), w, h in zip(ends, weights, here):
-            c = (self.strength() * (1 - w) * h).expand(len(e), len(embeddings[target]))[..., None] # (B, N, 1)
-            g = (1 - c)*e[:, None] + c*n                                           # (B, N, D)
+        queries = self._queries(embeddings, target, present)
+        weights, _ = self._weights(queries, embeddings[target], target)
+        for q, w in zip(queries.values(), weights):
+            c = (self.strength() * (1 - w) * q.here).expand(len(q.e), len(embeddings[target]))[..., None] # (B, N, 1)
+            g = (1 - c)*q.e[:, None] + c*q.n                                       # (B, N, D)
             gated.append(unit(g) if self.renormalise else g)
     return torch.stack(gated, 2)
 
 # %% ../nbs/api/gate.ipynb #5c4a2402
 @patch
-def _scores(self:ModalityGate, embeddings, target, present=None, answers=None):
-    "`scores` for checked input."
-    ends, here = self._ends(embeddings, target, present)
-    weights, _ = self._weights(embeddings, target, present, answers)
-    corners = corner_scores(ends, dvs(self.n_modalities, self.dim) * embeddings[target])
-    coefficients = length_coefficients(ends)
-    if not self.renormalise: coefficients = torch.stack([torch.full_like(coefficients[0], a) for a in (1., 0., 0.)])
-    return _GatedScores.apply(self.strength(), weights.expand(-1, *corners[0].shape), here, coefficients, *corners)
+def _scores(self:ModalityGate, queries, candidates, target):
+    "`scores` from what the query modalities bring."
+    weights, _ = self._weights(queries, candidates, target)
+    corners = corner_scores([(q.e, q.n) for q in queries.values()], dvs(self.n_modalities, self.dim) * candidates)
+    lengths, here = torch.stack([q.lengths for q in queries.values()], 1), torch.stack([q.here for q in queries.values()])
+    return _GatedScores.apply(self.strength(), weights.expand(-1, *corners[0].shape), here, lengths, *corners)
 
 @patch
 def scores(self:ModalityGate,
@@ -282,7 +295,7 @@ def scores(self:ModalityGate,
 ) -> Tensor: # `(B, N)`: DVS-scaled MIP of candidate j with the embeddings of query i as gated for j
     "Gated MIP of all pairs, in `2**(M-1)` matrix products (Gated Symile, section 4). Errors: those of `check_score_input`."
     embeddings = self._check_sizes(check_score_input(embeddings, target, present))
-    with full_precision(embeddings[0]): return self._scores(embeddings, target, present)
+    with full_precision(embeddings[0]): return self._scores(self._queries(embeddings, target, present), embeddings[target], target)
 
 # %% ../nbs/api/gate.ipynb #1cdce34b
 @patch
@@ -290,8 +303,8 @@ def all_scores(self:ModalityGate,
     embeddings:list[Tensor], # M tensors `(B, D)`, the same rows in each; unit rows
     present:Tensor|None=None, # bool `(B, M)`: which modalities exist; rows of an absent target get scores of no meaning
 ) -> list[Tensor]: # M matrices `(B, B)`: `scores` with each modality as the target
-    "`scores` for every target in turn, sharing the projections. Errors: those of `check_loss_input`."
+    "`scores` for every target in turn, sharing what does not depend on it. Errors: those of `check_loss_input`."
     embeddings = self._check_sizes(check_loss_input(embeddings, present))
     with full_precision(embeddings[0]):
-        answers = self.fit.answers(embeddings)
-        return [self._scores(embeddings, target, present, answers) for target in range(self.n_modalities)]
+        queries = self._queries(embeddings, present=present)
+        return [self._scores({m: q for m, q in queries.items() if m != t}, e, t) for t, e in enumerate(embeddings)]
