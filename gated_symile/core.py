@@ -13,7 +13,7 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/api/core.ipynb #2915457a
 class GatedSymileError(Exception): "Base of every error this package raises on purpose."
@@ -75,11 +75,25 @@ def upcast(
     "At least `float32`."
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+class _Unit(torch.autograd.Function):
+    "Division by the length. The gradient is the upstream one without its part along the vector, over the length: a third of autograd's steps."
+    @staticmethod
+    def forward(ctx, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+        ctx.save_for_backward(y := x / length, length)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, length = ctx.saved_tensors
+        return torch.addcmul(g, y, torch.linalg.vecdot(g, y).unsqueeze(-1), value=-1).div_(length)
+
 def unit(
     x:Tensor, # vectors along the last dimension, `(..., D)`
 ) -> Tensor: # the same directions with length 1, at least `float32`; zero stays zero
     "Scale vectors to unit length, in full precision."
-    with full_precision(x): return F.normalize(upcast(x), dim=-1, eps=EPS)
+    with full_precision(x): return _Unit.apply(upcast(x))
 
 # %% ../nbs/api/core.ipynb #010b9d83
 def generator(

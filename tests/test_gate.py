@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from gated_symile.core import generator, unit
 from gated_symile.gate import ModalityGate
@@ -45,6 +45,14 @@ def written_out(gate, embeddings, target, present):
     return dvs(gate.n_modalities, gate.dim) * torch.einsum("jd,ijd->ij", embeddings[target], product)
 
 
+def shortest(gate, embeddings, target, present):
+    "The smallest length of a gated embedding before it is renormalised: close to zero, rounding decides where it points."
+    renormalise, gate.renormalise = gate.renormalise, False
+    length = gate.gated(embeddings, target, present).norm(dim=-1).min()
+    gate.renormalise = renormalise
+    return length
+
+
 def gradients(score, gate, embeddings):
     "Gradient of a fixed random functional of the score, one long vector: embeddings first, then every learnable parameter."
     leaves = [*embeddings, *(p for p in gate.parameters() if p.requires_grad)]
@@ -64,6 +72,7 @@ def assert_same(got, expected, tolerance):
 @given(sizes, switches, st.booleans(), st.integers(0, 2**16))
 def test_fast_form_is_the_definition_float64(size, options, holes, seed):
     gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    assume(gate.neutral.kind == "none" or shortest(gate, embeddings, target, present) > 0.1)
     fast, slow = gate.scores(embeddings, target, present), written_out(gate, embeddings, target, present)
     assert_same(fast, slow, 1e-10)
     assert_same(gradients(fast, gate, embeddings), gradients(slow, gate, embeddings), 1e-10)
