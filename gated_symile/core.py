@@ -121,7 +121,7 @@ def check_finite(
     if torch.compiler.is_compiling() or x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite(): return
     bad = (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad: raise NonFiniteError(f"{what} has NaN or infinity in {len(bad)} present rows, the first: {bad[:5]}; "
-                                 "mark what is missing in `present`")
+                                 "mark absent rows in `present`, fill single holes (`standardise` does)")
 
 # %% ../nbs/api/core.ipynb #fdab77f7
 def _check_shapes(embeddings, what="embeddings"):

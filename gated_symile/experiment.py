@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'OBJECTIVES', 'OBJECTIVE_OPTIONS', 'corrupted_splits', 'option_names', 'check_options', 'Source',
-           'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'run_one', 'code_commit',
-           'code_versions', 'as_results', 'open_folder', 'save_runs', 'run_all', 'accuracy_table', 'reading']
+           'data_option_names', 'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'run_one',
+           'code_commit', 'code_versions', 'as_results', 'open_folder', 'save_runs', 'run_all', 'accuracy_table',
+           'reading']
 
 # %% ../nbs/api/experiment.ipynb #0d74b92c
 import inspect
@@ -79,25 +80,30 @@ class Source:
     "Where an experiment's rows come from."
     names:list # modalities there are
     splits:Callable # `(names, p, generator, **options)` -> training, validation and test rows
-    options:list # names of the options of `splits`
     target:str|None=None # the usual target; `None`: has to be named
     queries:tuple=() # the usual queries; empty: all the others
     bank_size:int|None=None # rows are ranked among at least so many; `None`: among all
 
 def _dataset_source(dataset, **usual):
     def splits(names, p, generator, **options): return corrupted_splits(dataset.select(names), p, generator, **options)
-    return Source(dataset.names, splits, option_names(corrupted_splits), **usual)
+    return Source(dataset.names, splits, **usual)
 
 def _xnor_splits(names, p, generator, fractions=(0.8, 0.1, 0.1), **options):
     return synthetic_xnor(p=p, generator=generator, **options).select(names).split(tuple(fractions), generator)
 
-# %% ../nbs/api/experiment.ipynb #8a23f871
+def data_option_names(
+    data:str|list, # as in `open_source`
+) -> list[str]: # names
+    "What `data_options` may hold: options of `synthetic_xnor`, or of `corrupted_splits`, and the tables' `id`."
+    return ["fractions", *option_names(synthetic_xnor)] if data == "xnor" else [*option_names(corrupted_splits), "id"]
+
+# %% ../nbs/api/experiment.ipynb #4a936cd4
 def open_source(
     data:str|list, # `"mfeat"`, `"xnor"`, or a path: an `.npz` file, a folder of tables, or a list of tables
     id:str="id", # for tables: the column that names the rows
 ) -> Source: # ready to be split
     "The source of that name or path; `UnknownNameError` for what can be neither, and the errors of `load_tabular`."
-    if data == "xnor": return Source(["A", "B", "C"], _xnor_splits, ["fractions", *option_names(synthetic_xnor)], "A", bank_size=128)
+    if data == "xnor": return Source(["A", "B", "C"], _xnor_splits, "A", bank_size=128)
     if data == "mfeat": return _dataset_source(mfeat(MFEAT_VIEWS), target="pix", queries=("fou", "zer"))
     if isinstance(data, str) and not Path(data).suffix and not Path(data).exists():
         check_name("data", data, ["mfeat", "xnor", "a path to an .npz file", "to a folder of tables"])
@@ -134,7 +140,7 @@ def _as_list(argument, value, types):
 class RetrievalConfig:
     "Parameters of the retrieval experiment; errors name the parameter that is wrong and list what is allowed."
     data:str|list="mfeat" # `"mfeat"`, `"xnor"`, or a path to `.npz`, a folder or a list of tables
-    target:str|None=None # the modality to be found; `None`: the usual one of the data
+    target:str|None=None # the modality to be found; `None`: the usual one (mfeat: pix, xnor: A); data of your own have none
     queries:list|None=None # the modalities to find it by; `None`: the usual ones, or all others
     objectives:list=field(default_factory=lambda: ["PairwiseCLIP", "Symile", "GatedSymile"]) # class names
     p:list=field(default_factory=lambda: [0., 0.5]) # probabilities that a row has one query modality corrupted
@@ -159,14 +165,14 @@ class RetrievalConfig:
             check_options(f"objective_options of {name}", options, OBJECTIVE_OPTIONS[name])
         check_options("encoder_options", self.encoder_options, [n for n in option_names(MLP) if n != "in_features"])
         check_options("training_options", self.training_options, [n for n in option_names(fit) if not hasattr(self, n) and n not in _FIT_GIVEN])
-        self.source = open_source(self.data, self.data_options.get("id", "id") if isinstance(self.data_options, dict) else "id")
-        check_options("data_options", self.data_options, [*self.source.options, "id"])
+        self.source = open_source(self.data, check_options("data_options", self.data_options, data_option_names(self.data)).get("id", "id"))
         self._choose_modalities()
 
     def _choose_modalities(self):
         "Target and queries by name, the usual ones where none are given."
         source = self.source
-        if self.target is None and source.target is None: check_name("target", None, source.names)
+        if self.target is None and source.target is None:
+            raise UnknownNameError(f"target: has to be named for data of your own, one of {', '.join(map(repr, source.names))}")
         self.target = check_name("target", self.target or source.target, source.names)
         others = [n for n in source.names if n != self.target]
         usual = [n for n in source.queries if n != self.target] or others
@@ -311,12 +317,12 @@ def accuracy_table(
 def reading(
     results:pd.DataFrame, # the tidy record
 ) -> str: # Markdown, a line for each p
-    "What the record says in words: the best objective at each p, and what corruption cost it."
-    lines, at = [], mean_over_seeds(results, "top1", "all").set_index(["p", "objective"])
-    for p, table in at.groupby(level="p"):
-        table = table.droplevel("p").sort_values("value", ascending=False)
-        best = table.iloc[0]
-        line = f"- At p = {p:g}, **{table.index[0]}** finds the true one first for {best['value']:.0%} of the rows [{best['low']:.0%}, {best['high']:.0%}]"
-        others = ", ".join(f"{name} {row['value']:.0%}" for name, row in table.iloc[1:].iterrows())
-        lines.append(line + (f"; {others}." if others else "."))
+    "What the record says in words: who finds the true one first how often at each p, and whether one is clearly ahead."
+    lines, at = [], mean_over_seeds(results, "top1", "all").sort_values("value", ascending=False)
+    for p, table in at.groupby("p"):
+        n = results.query("p == @p and rows == 'all'").groupby("seed")["n"].first().sum()
+        found = ", ".join(f"{r.objective} {r.value:.0%} [{r.low:.0%}, {r.high:.0%}]" for r in table.itertuples())
+        clear = len(table) < 2 or table["low"].iloc[0] > table["high"].iloc[1]
+        verdict = f"**{table['objective'].iloc[0]}** is ahead" if clear else "the first two overlap, so none is clearly ahead"
+        lines.append(f"- At p = {p:g}, the true one is ranked first for {found} of {n} rows; {verdict}.")
     return "\n".join(lines)

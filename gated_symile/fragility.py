@@ -35,9 +35,9 @@ def accuracy_by_corruption(
     generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
 ) -> pd.DataFrame: # columns `rows` (`all`, `clean`, `corrupted`, or the name of a corrupted modality), `n`, `metric`, `value`, `low`, `high`
     "`metrics` of groups of rows; a group without rows is left out. `DtypeError` or `ShapeError` for `corrupted`."
-    tables = []
+    tables, seed = [], int(torch.randint(2**31, (), generator=generator)) # one seed for all: equal groups get equal intervals
     for group, rows in _groups(corrupted, names, len(ranks)).items():
-        table = metrics(ranks[rows], ks, generator)
+        table = metrics(ranks[rows], ks, torch.Generator().manual_seed(seed))
         table.insert(0, "rows", group); table.insert(1, "n", rows.sum().item())
         tables.append(table)
     return pd.concat(tables, ignore_index=True)

@@ -53,7 +53,7 @@ def test_a_persons_own_tables_from_end_to_end(tmp_path):
     about = load_weights(model, out/"weights"/"GatedSymile_p0.5_seed1.safetensors") # what was saved can be used
     assert about["seed"] == 1 and about["objective"] == "GatedSymile"
     text = (tmp_path/"executed.ipynb").read_text(encoding="utf-8")
-    assert "finds the true one first" in text and "image/png" in text
+    assert "the true one is ranked first for" in text and "image/png" in text
 
 
 @pytest.mark.parametrize("parameters, words", [

@@ -77,7 +77,8 @@ def _read_table(path, id):
     "One Parquet or CSV file: ids and a float32 matrix."
     frame = _read_frame(path, id)
     if id not in frame.columns:
-        raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}")
+        raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
+                        "give the name of the one that holds the ids as `id`")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
     return _checked_ids(frame[id], path.name), _features(frame.drop(columns=id), path.name)
 
@@ -105,7 +106,8 @@ def _stored_array(stored, name, where):
 
 def _matrix(x, where):
     "An array of numbers as a float32 matrix."
-    if x.dtype.kind not in "biuf": raise DtypeError(f"{where} holds no numbers but {x.dtype}; turn it into numbers or leave it out")
+    if x.dtype.kind not in "biuf": raise DtypeError(f"{where} holds no numbers but {x.dtype}; turn it into numbers, leave it out, or, if it names the rows, "
+                                                     "give its name as `id`")
     if x.ndim not in (1, 2): raise ShapeError(f"{where} must have shape (rows, features) or (rows,), got {x.shape}")
     with np.errstate(over="ignore"): return torch.from_numpy((x[:, None] if x.ndim == 1 else x).astype("float32"))
 
