@@ -181,12 +181,12 @@ def all_loss(
     present:Tensor|None=None, # bool `(B, M)`: an anchor counts where it is present
     generator:torch.Generator|None=None, # not used: nothing is random here
 ) -> Tensor: # a scalar
-    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives, averaged over the anchors (Symile, section 3.3), in the memory of a slab."
+    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives, averaged over the anchors (Saporta et al. 2024), in the memory of a slab."
     B, D, M = *embeddings[0].shape, len(embeddings)
     present = torch.ones(B, M, dtype=torch.bool, device=embeddings[0].device) if present is None else present
     valid = present.T & (present.sum(0) > 1)[:, None]                              # (M, B)
     if not valid.any(): raise MissingError(NOTHING_TO_CONTRAST)
-    weights = (valid / valid.sum(1, keepdim=True).clamp_min(1) / valid.any(1).sum()).to(embeddings[0])
+    weights = valid.to(embeddings[0]) / valid.sum(1, keepdim=True).clamp_min(1) / valid.any(1).sum()
     factors = [*embeddings[:-1], embeddings[-1] * (scale * dvs(M, D))]
     one = embeddings[0].new_ones(1, D)
     padded, anchors = ([one, *factors], [one.new_zeros(1), *weights]) if M == 2 else (factors, list(weights))

@@ -23,7 +23,7 @@ from .neutral import NeutralDirections
 
 # %% ../nbs/api/gate.ipynb #d87467cc
 class AttentionFit(nn.Module):
-    "Cosines of projected candidates and queries, and a NULL logit of each candidate (Gated Symile, section 4)."
+    "Cosines of projected candidates and queries, and a NULL logit of each candidate (Rheude et al. 2026)."
     def __init__(self,
         n_modalities:int, # M
         dim:int, # D, the width of the embeddings
@@ -172,7 +172,7 @@ class _GatedScores(torch.autograd.Function):
 
 # %% ../nbs/api/gate.ipynb #3f79b67a
 class ModalityGate(nn.Module):
-    "Candidate-dependent gate over the query modalities (Gated Symile, section 4); any M >= 2."
+    "Candidate-dependent gate over the query modalities (Rheude et al. 2026); any M >= 2."
     def __init__(self,
         n_modalities:int, # M
         dim:int, # D, the width of the embeddings
@@ -267,7 +267,7 @@ def gated(self:ModalityGate,
     target:int, # index of the target
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
 ) -> Tensor: # `(B, N, M-1, D)`: the gated query embeddings for each candidate; large!
-    "The definition of the gated embeddings, written out: the oracle of `scores` (Gated Symile, section 4)."
+    "The definition of the gated embeddings, written out: the oracle of `scores` (Rheude et al. 2026)."
     embeddings, gated = self._check_sizes(check_score_input(embeddings, target, present)), []
     with full_precision(embeddings[0]):
         queries = self._queries(embeddings, target, present)
@@ -293,7 +293,7 @@ def scores(self:ModalityGate,
     target:int, # index of the target
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
 ) -> Tensor: # `(B, N)`: DVS-scaled MIP of candidate j with the embeddings of query i as gated for j
-    "Gated MIP of all pairs, in `2**(M-1)` matrix products (Gated Symile, section 4). Errors: those of `check_score_input`."
+    "Gated MIP of all pairs, in `2**(M-1)` matrix products (Rheude et al. 2026). Errors: those of `check_score_input`."
     embeddings = self._check_sizes(check_score_input(embeddings, target, present))
     with full_precision(embeddings[0]): return self._scores(self._queries(embeddings, target, present), embeddings[target], target)
 

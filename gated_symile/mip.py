@@ -17,7 +17,7 @@ from .core import check_score_input, full_precision, upcast, ShapeError
 def mip(
     embeddings:list[Tensor], # M tensors of one shape `(..., D)`
 ) -> Tensor: # `(...)`, one number a row
-    "Multilinear inner product of corresponding rows (Symile, eq. 2); `ShapeError` if shapes differ."
+    "Multilinear inner product of corresponding rows (Saporta et al. 2024); `ShapeError` if shapes differ."
     shapes = {tuple(e.shape) for e in embeddings}
     if len(shapes) != 1: raise ShapeError(f"mip needs tensors of one shape, got {[tuple(e.shape) for e in embeddings]}")
     with full_precision(embeddings[0]): return reduce(torch.mul, map(upcast, embeddings)).sum(-1)

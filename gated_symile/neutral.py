@@ -19,7 +19,7 @@ def _zeros(n_modalities, dim, generator): return torch.zeros(n_modalities, dim)
 NEUTRALS = {"learned": (_random, True), "random": (_random, False), "ones": (_ones, False), "none": (_zeros, False)}
 
 class NeutralDirections(nn.Module):
-    "One neutral unit vector a modality (Gated Symile, section 4); `UnknownNameError` for an unknown kind."
+    "One neutral unit vector a modality (Rheude et al. 2026); `UnknownNameError` for an unknown kind."
     def __init__(self,
         n_modalities:int, # M
         dim:int, # D, the width of the embeddings

@@ -32,7 +32,7 @@ def unit(v): return v / v.norm()
 
 
 def gated_score(gate, embeddings, target, i, j, present=None):
-    "The gate for one query and one candidate, after section 5 of the paper's definition, from the gate's parameters alone."
+    "The gate for one query and one candidate, from the gate's parameters alone."
     c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
     here = [present is None or bool(present[i, m]) for m in queries]
     T, alpha = gate.temperature(), gate.strength()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from symile import MIPSimilarity, Symile as PackageSymile
 
-from gated_symile.contrastive import candidate_scores, shuffle_scores, STRUCK_OUT
+from gated_symile.contrastive import all_loss, candidate_scores, shuffle_scores, STRUCK_OUT
 from gated_symile.core import generator, unit, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError
 from gated_symile.gate import ModalityGate
 from gated_symile.mip import dvs, mip, mip_scores
@@ -16,7 +16,7 @@ from gated_symile.objectives.symile import Symile
 from oracles import info_nce_loop, mip_loop, mip_scores_loop
 
 OBJECTIVES = {"PairwiseCLIP": lambda M, D: PairwiseCLIP(), "Symile shuffle": lambda M, D: Symile(),
-              "Symile candidates": lambda M, D: Symile("candidates"), "GatedSymile": lambda M, D: GatedSymile(ModalityGate(M, D, 4))}
+              "Symile candidates": lambda M, D: Symile("candidates"), "Symile all": lambda M, D: Symile("all"), "GatedSymile": lambda M, D: GatedSymile(ModalityGate(M, D, 4))}
 
 
 def random_embeddings(M, B, D, N=None, target=None, seed=0):
@@ -56,6 +56,18 @@ def test_shuffled_loss_matches_the_package(M, monkeypatch):
     package = PackageSymile("n")(e, scale * dvs(M, D))
     torch.testing.assert_close(loss, package, rtol=1e-10, atol=0, check_dtype=False)
     for a, b in zip(torch.autograd.grad(loss, e), torch.autograd.grad(package, e)): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("M, B", [(3, 7), (3, 12), (4, 5), (5, 3)])
+@pytest.mark.parametrize("scale", [1., 60.]) # of one shift for a slab, and of one for each of its axes
+def test_all_combinations_match_the_package(M, B, scale, monkeypatch):
+    "The streamed cube against every combination listed, with slabs that don't divide the rows."
+    monkeypatch.setattr("gated_symile.contrastive.SLAB", 2*B**2 + 1)
+    e = [x.requires_grad_() for x in random_embeddings(M, B, 6)]
+    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    ours, theirs = all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(M, 6))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, [s, *e]), torch.autograd.grad(theirs, [s, *e])): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)

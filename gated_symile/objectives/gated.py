@@ -14,7 +14,7 @@ from ..gate import ModalityGate
 
 # %% ../../nbs/api/objectives/gated.ipynb #7d0f0a69
 class GatedSymile(nn.Module):
-    "InfoNCE on the gated MIP, averaged over the targets (Gated Symile, section 4); any M >= 2."
+    "InfoNCE on the gated MIP, averaged over the targets (Rheude et al. 2026); any M >= 2."
     def __init__(self,
         gate:ModalityGate, # made for the number and width of the embeddings
         log_scale:float=0., # initial logarithm of the contrastive scale

@@ -27,7 +27,7 @@ def leave_out_missing(
 NEGATIVES = {"shuffle": shuffle_loss, "candidates": candidates_loss, "all": all_loss}
 
 class Symile(nn.Module):
-    "InfoNCE on the variance-scaled MIP, averaged over the targets (Saporta et al. 2024, section 3); any M >= 2."
+    "InfoNCE on the variance-scaled MIP, averaged over the targets (Saporta et al. 2024); any M >= 2."
     def __init__(self,
         negatives:str="shuffle", # `"shuffle"`: shuffled tuples for each anchor; `"candidates"`: only the target is replaced; `"all"`: every combination
         log_scale:float=0., # initial logarithm of the contrastive scale
