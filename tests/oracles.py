@@ -39,10 +39,10 @@ def gated_score(gate, embeddings, target, i, j, present=None):
     if hasattr(gate.fit, "table"):
         fits, null = [gate.fit.table[target, m] / T for m in queries], gate.fit.null_bias[target] / T
     else:
-        fits = [unit(gate.fit.query[target].weight @ c) @ unit(gate.fit.key[m].weight @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
+        fits = [unit(gate.fit.query[target] @ c) @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
                 for m, ok in zip(queries, here)]
         null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T
-    if gate.weigh.__name__ == "softmax_weights":
+    if gate.weighting.weights.__name__ == "softmax_weights":
         total = sum(f.exp() for f, ok in zip(fits, here) if ok) + (null.exp() if gate.null else 0)
         weights = [f.exp() / total for f in fits]
     else:

@@ -1,12 +1,16 @@
 "The gate: its fast form is its definition, values and gradients, for every switch, any M, and with holes."
+import copy
 import math
+import os
+import shutil
 
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
 from gated_symile.core import generator, unit
-from gated_symile.gate import ModalityGate
+import gated_symile.gate as gates
+from gated_symile.gate import ModalityGate, PLAIN
 from gated_symile.mip import dvs
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
@@ -123,10 +127,8 @@ def test_order_of_modalities_does_not_matter(size, options, holes, seed):
     gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
     order = torch.randperm(size[0], generator=generator(seed))
     turned = ModalityGate(size[0], size[3], size[4], **options).double()
-    state = {k: v[order] if k in ("neutral.directions", "fit.null_bias") else v for k, v in gate.state_dict().items()}
-    for name in ("query", "key"):
-        for new, old in enumerate(order.tolist()):
-            if f"fit.{name}.{old}.weight" in state: state[f"fit.{name}.{new}.weight"] = gate.state_dict()[f"fit.{name}.{old}.weight"]
+    by_modality = "neutral.directions", "fit.null_bias", "fit.query", "fit.key"
+    state = {k: v[order] if k in by_modality else v for k, v in gate.state_dict().items()}
     if "fit.table" in state: state["fit.table"] = state["fit.table"][order][:, order]
     turned.load_state_dict(state)
     got = turned.scores([embeddings[m] for m in order], order.tolist().index(target), None if present is None else present[:, order])
@@ -154,6 +156,77 @@ def test_a_candidate_is_judged_alone(size, options, seed):
     gate, embeddings, target, _ = make(size, options, seed=seed)
     alone = [e[:1] if m == target else e for m, e in enumerate(embeddings)]
     assert_same(gate.scores(alone, target), gate.scores(embeddings, target)[:, :1], 1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, switches, st.booleans(), st.integers(1, 40), st.integers(0, 2**16))
+def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
+    "However the work is cut, and whichever form does it."
+    gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
+    assume(gate.neutral.kind == "none" or shortest(gate, embeddings, target, present) > 0.1)
+    expected = gate.scores(embeddings, target, present)
+    slopes = gradients(expected, gate, embeddings)
+    def check():
+        got = gate.scores(embeddings, target, present)
+        assert_same(got, expected, 1e-10)
+        assert_same(gradients(got, gate, embeddings), slopes, 1e-10)
+    with pytest.MonkeyPatch.context() as patch:
+        gate.blocks = PLAIN._replace(size=few)
+        check()
+        patch.setattr(gates, "PIECE", 16 * few)                                    # in pieces, under a checkpoint
+        check()
+        patch.setattr(gates, "WORTH", 0)                                           # the definition, in pieces
+        check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 7), switches, st.booleans(), st.integers(0, 2**16))
+def test_all_targets_together_one_by_one_and_alone_agree(M, B, options, holes, seed):
+    gate, embeddings, _, _ = make((M, B, B, 6, 4), options, seed=seed)
+    present = None
+    if holes:
+        present = torch.rand(B, M, generator=generator(seed)) < 0.7
+        present |= present.sum(1, keepdim=True) < 2
+    with pytest.MonkeyPatch.context() as patch:
+        together = gate.all_scores(embeddings, present, 2.)
+        patch.setattr(gates, "TOGETHER", 0)
+        one_by_one = gate.all_scores(embeddings, present, 2.)
+        found = [gradients(torch.stack(x), gate, embeddings) for x in (together, one_by_one)]
+    for t, (a, b) in enumerate(zip(together, one_by_one)):
+        rows = slice(None) if present is None else present[:, t]
+        alone = gate.scores([e if present is None else torch.where(present[:, m, None], e, 0.) for m, e in enumerate(embeddings)], t, present)
+        columns = rows
+        assert_same(a[rows][:, columns], 2 * alone[rows][:, columns], 1e-9)
+        assert_same(a[rows][:, columns], b[rows][:, columns], 1e-9)
+    if present is None: assert_same(*found, 1e-8)
+
+
+def test_compiled_blocks_are_the_plain_ones():
+    if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
+    gate, embeddings, target, present = make((3, 5, 4, 6, 3), {}, torch.float32, holes=True, seed=3)
+    plain = gate.scores(embeddings, target, present)
+    fast = gate.compiled().scores(embeddings, target, present)
+    assert_same(fast, plain, 1e-5)
+    assert_same(gradients(fast, gate, embeddings), gradients(plain, gate, embeddings), 1e-4)
+
+
+def test_many_modalities_neither_overflow_nor_lose_the_ranking():
+    "M = 8, D = 8192, the true candidate a noisy product of its queries, in bfloat16 under autocast."
+    M, B, D = 8, 6, 8192
+    g = generator(0)
+    signs = [torch.randn(B, D, generator=g).sign() for _ in range(M - 1)]
+    e = [unit(torch.stack(signs).prod(0) + 0.5 * torch.randn(B, D, generator=g)), *map(unit, signs)]
+    gate = ModalityGate(M, D, key_dim=16, strength=-4.)                               # nearly open: a closed one ranks by chance before it is trained
+    exact = copy.deepcopy(gate).double().scores([x.double() for x in e], 0)
+    torch.testing.assert_close(gate.scores(e, 0).double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for rows in (e, [x.bfloat16() for x in e]):
+            objective = GatedSymile(gate)
+            scores = objective.score(rows, 0)
+            assert scores.dtype == torch.float32 and scores.isfinite().all() and (scores.argmax(1) == torch.arange(B)).all()
+            loss = objective(rows)
+            loss.backward()
+            assert loss.dtype == torch.float32 and loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
 
 
 def test_gradcheck():

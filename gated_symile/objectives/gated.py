@@ -36,5 +36,5 @@ class GatedSymile(nn.Module):
         generator:torch.Generator|None=None, # not used: nothing is random here
     ) -> Tensor: # the loss, a scalar
         "Mean InfoNCE over the targets, on the very scores of `score`. Errors: those of `check_loss_input`."
-        scores = self.gate.all_scores(embeddings, present)
-        return mean_over_targets(lambda t: self.logit_scale() * scores[t], len(scores), present)
+        logits = self.gate.all_scores(embeddings, present, self.logit_scale())
+        return mean_over_targets(lambda t: logits[t], len(logits), present)
