@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STRUCK_OUT', 'NOTHING_TO_CONTRAST', 'AXES', 'SAFE_SPREAD', 'SLAB', 'info_nce', 'LogitScale', 'candidate_scores',
-           'shuffle_scores', 'mean_over_targets', 'candidates_loss', 'shuffle_loss', 'all_loss']
+           'shuffle_scores', 'contrasted', 'mean_over_targets', 'accumulate', 'candidates_loss', 'shuffle_loss',
+           'all_loss']
 
 # %% ../nbs/api/contrastive.ipynb #b8a46f8b
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from itertools import product
 
@@ -78,16 +79,49 @@ def shuffle_scores(
 # %% ../nbs/api/contrastive.ipynb #cb0e169f
 NOTHING_TO_CONTRAST = "present: no modality is present in 2 rows, so nothing can be contrasted"
 
+def contrasted(
+    n_modalities:int, # M
+    present:Tensor|None=None, # bool `(B, M)`
+) -> list[int]: # indices of the targets
+    "Targets that two rows have; `MissingError` if there is none."
+    targets = [t for t in range(n_modalities) if present is None or present[:, t].sum() > 1]
+    if not targets: raise MissingError(NOTHING_TO_CONTRAST)
+    return targets
+
 def mean_over_targets(
     logits:Callable[[int], Tensor], # target index -> scaled scores `(B, B)` with the true rows on the diagonal
     n_modalities:int, # M
     present:Tensor|None=None, # bool `(B, M)`
 ) -> Tensor: # a scalar
     "InfoNCE averaged over the choice of the target; `MissingError` if no target is present in two rows."
-    targets = [t for t in range(n_modalities) if present is None or present[:, t].sum() > 1]
-    if not targets: raise MissingError(NOTHING_TO_CONTRAST)
-    losses = [info_nce(logits(t), None if present is None else present[:, t]) for t in targets]
+    losses = [info_nce(logits(t), None if present is None else present[:, t]) for t in contrasted(n_modalities, present)]
     return torch.stack(losses).mean()
+
+# %% ../nbs/api/contrastive.ipynb #7295cdda
+class _Accumulate(torch.autograd.Function):
+    "A sum of losses, and their gradients by shared tensors, one loss after the other."
+    @staticmethod
+    def forward(ctx, losses, *shared):
+        leaves, total = [x.detach().requires_grad_(needed) for x, needed in zip(shared, ctx.needs_input_grad[1:])], 0.
+        for loss in losses:
+            with torch.enable_grad(): one = loss(*leaves)
+            one.backward()
+            total = total + one.detach()
+        ctx.save_for_backward(*(x.grad for x in leaves))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return None, *(None if grad is None else upstream * grad for grad in ctx.saved_tensors)
+
+def accumulate(
+    losses:Iterable[Callable[..., Tensor]], # functions of the shared tensors that give a scalar each, differentiable by nothing else
+    *shared:Tensor, # what they are computed from
+) -> Tensor: # the sum, a scalar
+    "Sum of losses of which only one at a time is in memory; can be differentiated once."
+    if torch.is_grad_enabled() and any(x.requires_grad for x in shared): return _Accumulate.apply(losses, *shared)
+    return sum(loss(*shared) for loss in losses)
 
 # %% ../nbs/api/contrastive.ipynb #27d43e3f
 def candidates_loss(
