@@ -27,10 +27,10 @@ from .core import (check_finite, check_name, check_range, check_score_shapes, fi
 from .data.dataset import MultimodalDataset
 
 # %% ../nbs/api/retrieval.ipynb #686632e6
-def _block_length(n, most, step):
-    "Length of near-equal blocks that cover `n` rows: a multiple of `step`, no more than `most` unless that is less than `step`."
-    ceil = lambda a, b: -(-a // b)
-    return step * ceil(ceil(n, ceil(n, step * max(1, int(min(most, n + step) // step)))), step)
+def _block_length(n, most, step, least=1):
+    "Length of near-equal blocks that cover `n` rows, a multiple of `step`; no more than `most` unless that is less than `step` or `least`."
+    ceil, size = lambda a, b: -(-a // b), step * max(1, int(min(most, n + step) // step))
+    return step * ceil(ceil(n, min(ceil(n, size), n // least)), step)
 
 def _slices(n, length):
     "Slices of that length that cover `n` rows; the last may be shorter."
@@ -42,41 +42,49 @@ def _take(x, rows, length):
     return x if len(x) == length else torch.cat([x, x[-1:].expand(length - len(x), -1)])
 
 # %% ../nbs/api/retrieval.ipynb #9a78fcc1
-def _block_shape(memory, B, N, M, dim, itemsize=4):
-    "Rows and columns of the tables of scores that `memory` MiB allow, at least 16 and 32."
+def _block_shape(memory, B, N, M, dim, itemsize=4, k=1):
+    "Rows and columns of the tables of scores that `memory` MiB allow; at least 16 and 32, and k columns."
     numbers, tables, row = memory * 2**20 / itemsize, 2**(M-1) + 3*M, 8*dim        # a block takes tables*b*n + row*(M*b + n) numbers
     half = row * (M + 1) / 2
     square = (math.sqrt(half**2 + tables*numbers) - half) / tables
     b = _block_length(B, square, 16)
-    return b, _block_length(N, (numbers - row*M*b) / (tables*b + row), 32)
+    return b, _block_length(N, (numbers - row*M*b) / (tables*b + row), 32, k)
 
 # %% ../nbs/api/retrieval.ipynb #88d4a9b0
-def _candidates(bank, columns, length, device, what):
-    "A block of the bank, in full precision; `NonFiniteError` names the rows by their numbers in the bank."
-    block = upcast(bank[columns].to(device))
-    check_finite(block, f"{what}, rows {columns.start} to {columns.stop - 1},", columns.start)
-    return _take(block, slice(None), length)
+GROUP = 32
+
+def _maxima(scores):
+    "The highest of each group of candidates `(b, n/32)`, NaN where there is one; the last group may be smaller."
+    n = scores.shape[1] // GROUP
+    maxima = scores[:, :n*GROUP].unflatten(1, (n, GROUP)).amax(2)
+    return maxima if n*GROUP == scores.shape[1] else torch.cat([maxima, scores[:, n*GROUP:].amax(1, keepdim=True)], 1)
 
 def _table(score, embeddings, target, present, rows, columns):
-    "Scores of a block `(b, n)`; `ShapeError` for another shape, `NonFiniteError` for NaN."
-    scores, shape = score(embeddings, target, present), (len(embeddings[0 if target else 1]), len(embeddings[target]))
+    "Scores of a block `(b, n)` and their maxima; `ShapeError` for another shape, `NonFiniteError` for NaN, whether in the bank or in the score."
+    blame = lambda: check_finite(embeddings[target], f"embeddings[{target}], rows {columns.start} to {columns.stop - 1},", columns.start)
+    shape = len(embeddings[0 if target else 1]), len(embeddings[target])
+    try: scores = score(embeddings, target, present)
+    except NonFiniteError: blame(); raise
     if scores.shape != shape: raise ShapeError(f"score must return (B, N), here {shape}, got {tuple(scores.shape)}")
     scores = scores[:rows.stop - rows.start, :columns.stop - columns.start]
-    if not scores.amax().isnan(): return scores
-    bad = (scores.isnan().any(1).nonzero().flatten() + rows.start).tolist()
-    raise NonFiniteError(f"score is NaN for {len(bad)} queries, the first: {bad[:5]}, among candidates {columns.start} to {columns.stop - 1}")
+    maxima = _maxima(scores)
+    if maxima.amax() < math.inf: return scores, maxima
+    blame()
+    bad = (maxima.isnan().any(1).nonzero().flatten() + rows.start).tolist()
+    if bad: raise NonFiniteError(f"score is NaN for {len(bad)} queries, the first: {bad[:5]}, among candidates {columns.start} to {columns.stop - 1}")
+    return scores, maxima
 
-def _scored(score, embeddings, target, present, memory, progress, own=None):
-    "Slices of queries and candidates with their scores `(b, n)`, block after block; if `own` is given, only where one of these candidates is."
+def _scored(score, embeddings, target, present, memory, progress, k=1, own=None):
+    "Slices of queries and candidates with their scores and maxima, block after block; if `own` is given, only where one of these candidates is."
     bank, M, like = embeddings[target], len(embeddings), embeddings[0 if target else 1]
-    b, n = _block_shape(memory, len(like), len(bank), M, like.shape[1], like.element_size())
+    b, n = _block_shape(memory, len(like), len(bank), M, like.shape[1], like.element_size(), k)
     asked = [(rows, [None if m == target else _take(e, rows, b) for m, e in enumerate(embeddings)],
               None if present is None else _take(present, rows, b)) for rows in _slices(len(like), b)]
     for columns in tqdm(_slices(len(bank), n), desc="search", unit="block", delay=2, leave=False, disable=not progress):
         meeting = [q for q in asked if own is None or ((own[q[0]] >= columns.start) & (own[q[0]] < columns.stop)).any()]
-        if meeting: candidates = _candidates(bank, columns, n, like.device, f"embeddings[{target}]")
+        if meeting: candidates = upcast(_take(bank, columns, n).to(like.device))
         for rows, queries, there in meeting:
-            yield rows, columns, _table(score, [candidates if m == target else e for m, e in enumerate(queries)], target, there, rows, columns)
+            yield rows, columns, *_table(score, [candidates if m == target else e for m, e in enumerate(queries)], target, there, rows, columns)
 
 # %% ../nbs/api/retrieval.ipynb #40683781
 def _check_whole(argument, value, low, high=float("inf")):
@@ -95,33 +103,27 @@ def _check_search(embeddings, target, present, memory):
     return embeddings, len(embeddings[0 if target else 1]), len(embeddings[target])
 
 # %% ../nbs/api/retrieval.ipynb #f71bb031
-def _best(scores, k):
-    "The k largest of each row in descending order, the lower index first among equals: values and columns `(b, k)`."
+def _chosen(scores, k):
+    "Columns of the k largest of each row `(b, k)`, in ascending order; among equals the lower ones."
     values, columns = scores.topk(min(k + 1, scores.shape[1]))                      # among equals any of them
-    cut = values[:, k-1] == values[:, -1]                                           # rows in which that matters
     columns = columns[:, :k]
-    if k < values.shape[1] and cut.any(): columns[cut] = scores[cut].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    columns = columns.sort(1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
+    if k < values.shape[1] and (cut := values[:, k-1] == values[:, k]).any():       # rows in which that matters
+        columns[cut] = scores[cut].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return columns.sort(1).values
 
 # %% ../nbs/api/retrieval.ipynb #77224915
-GROUP = 32
-
-def _compete(values, indices, scores, first, N):
-    "Let candidates from number `first` on compete with the k best so far `(b, k)`, in place; an index of N or more holds a free place."
-    k, short = values.shape[1], -scores.shape[1] % GROUP
-    if short: scores = F.pad(scores, (0, short), value=-math.inf)
-    maxima = scores.unflatten(1, (-1, GROUP)).amax(2)                               # (b, n/32)
-    able = ((maxima > values[:, -1:]) | (indices[:, -1:] >= N)).sum(1)              # how many groups can matter
-    rows = able.nonzero().flatten()
+def _compete(values, indices, scores, maxima, first):
+    "Let candidates from number `first` on compete with the k best so far `(b, k)`, in place; all stand in the order of the candidates."
+    k, n = values.shape[1], scores.shape[1]
+    able = (maxima > values.amin(1, keepdim=True)).sum(1) if first else maxima.new_full((len(scores),), maxima.shape[1]).long()
+    rows = able.nonzero().flatten()                                                 # for which something may be new
     if len(rows) == 0: return
-    groups = _best(maxima[rows], min(k, able.max().item()))[1].sort(1).values
-    columns = (GROUP*groups[..., None] + torch.arange(GROUP, device=scores.device)).flatten(1)
-    new, order = _best(scores[rows[:, None], columns], min(k, columns.shape[1]))
-    at, by_index = torch.cat([indices[rows], columns.gather(1, order) + first], 1).sort(1)
-    values[rows], order = _best(torch.cat([values[rows], new], 1).gather(1, by_index), k)
-    indices[rows] = at.gather(1, order)
+    groups = _chosen(maxima[rows], min(k, able.max().item()))
+    columns = (GROUP*groups[..., None] + torch.arange(GROUP, device=groups.device)).flatten(1)
+    new = scores[rows[:, None], columns.clamp_max(n - 1)].masked_fill_(columns >= n, -math.inf)
+    if first: new, columns = torch.cat([values[rows], new], 1), torch.cat([indices[rows], columns + first], 1)
+    best = _chosen(new, k)
+    values[rows], indices[rows] = new.gather(1, best), columns.gather(1, best)
 
 # %% ../nbs/api/retrieval.ipynb #2a49c651
 @torch.no_grad()
@@ -137,10 +139,11 @@ def top_k(
     "The k best candidates of each query; `RangeError` for k, `NonFiniteError` for NaN, and the other errors of `check_score_input`."
     embeddings, B, N = _check_search(embeddings, target, present, memory)
     like = embeddings[0 if target else 1]
-    values, indices = like.new_full((B, _check_whole("k", k, 1, N)), -math.inf), torch.full((B, k), N, device=like.device)
-    for rows, columns, scores in _scored(score, embeddings, target, present, memory, progress):
-        _compete(values[rows], indices[rows], scores, columns.start, N)
-    return values, indices
+    values, indices = like.new_empty(B, _check_whole("k", k, 1, N)), torch.empty(B, k, dtype=torch.long, device=like.device)
+    for rows, columns, scores, maxima in _scored(score, embeddings, target, present, memory, progress, k):
+        _compete(values[rows], indices[rows], scores, maxima, columns.start)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
 
 # %% ../nbs/api/retrieval.ipynb #2ade3284
 @dataclass(frozen=True, eq=False)
@@ -197,14 +200,9 @@ def _places(truth, columns):
     rows = ((truth >= columns.start) & (truth < columns.stop)).nonzero().flatten()
     return rows, truth[rows] - columns.start
 
-def _take_own(own, truth, columns, scores):
-    "Note the scores of the true candidates of a block."
-    rows, places = _places(truth, columns)
-    own[rows] = scores[rows, places]
-
-def _count(above, tied, own, truth, columns, scores):
+def _count(above, tied, own, truth, columns, scores, maxima):
     "Count the candidates of a block that are above the true one or tie with it, without itself."
-    rows = (scores.amax(1) >= own).nonzero().flatten()
+    rows = (maxima.amax(1) >= own).nonzero().flatten()
     others, bar = scores[rows], own[rows, None]
     above[rows] += (others > bar).sum(1)
     tied[rows] += (others == bar).sum(1)
@@ -228,9 +226,11 @@ def rank_true(
     like = embeddings[0 if target else 1]
     truth, own = _check_truth(truth, present, target, B, N).long().to(like.device), like.new_empty(B)
     above, tied = torch.zeros_like(truth), torch.zeros_like(truth)
-    for rows, columns, scores in _scored(score, embeddings, target, present, memory, progress, truth): _take_own(own[rows], truth[rows], columns, scores)
-    for rows, columns, scores in _scored(score, embeddings, target, present, memory, progress):
-        _count(above[rows], tied[rows], own[rows], truth[rows], columns, scores)
+    for rows, columns, scores, _ in _scored(score, embeddings, target, present, memory, progress, own=truth):
+        here, places = _places(truth[rows], columns)
+        own[rows][here] = scores[here, places]
+    for rows, columns, *block in _scored(score, embeddings, target, present, memory, progress):
+        _count(above[rows], tied[rows], own[rows], truth[rows], columns, *block)
     return Ranks(above.cpu(), tied.cpu())
 
 # %% ../nbs/api/retrieval.ipynb #60b9551d
