@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['EPS', 'GatedSymileError', 'ShapeError', 'DtypeError', 'NonFiniteError', 'MissingError', 'RangeError',
            'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'full_precision', 'upcast',
-           'unit', 'generator', 'fill_missing', 'check_finite', 'check_score_input', 'check_loss_input']
+           'unit', 'generator', 'fill_missing', 'check_finite', 'check_score_shapes', 'check_score_input',
+           'check_loss_input', 'whole_file']
 
 # %% ../nbs/api/core.ipynb #45c06261
+import os
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -116,10 +120,11 @@ def fill_missing(
 def check_finite(
     x:Tensor, # rows of one modality, `(B, D)`, absent rows filled
     what:str, # how to name it: `"embeddings[1]"`
+    first:int=0, # number of its first row, where it is a block of something longer
 ):
     "`NonFiniteError` with the first offending rows, unless every value is finite."
     if torch.compiler.is_compiling() or x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite(): return
-    bad = (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    bad = (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().add(first).tolist()
     if bad: raise NonFiniteError(f"{what} has NaN or infinity in {len(bad)} present rows, the first: {bad[:5]}; "
                                  "mark absent rows in `present`, fill single holes (`standardise` does)")
 
@@ -134,7 +139,8 @@ def _check_shapes(embeddings, what="embeddings"):
         if len(e) == 0: raise ShapeError(f"{what}[{m}] has no rows")
     shapes = [tuple(e.shape) for e in embeddings]
     if len({d for _, d in shapes}) > 1: raise ShapeError(f"{what} must share one width D, got shapes {shapes}")
-    if len({e.dtype for e in embeddings}) > 1: raise DtypeError(f"{what} must share one dtype, got {[e.dtype for e in embeddings]}")
+    if len({upcast(e[:0]).dtype for e in embeddings}) > 1:
+        raise DtypeError(f"{what} must share one dtype (half precision counts as float32), got {[e.dtype for e in embeddings]}")
 
 def _check_present(present, rows, n_modalities):
     "A bool matrix `(rows, M)`."
@@ -150,12 +156,12 @@ def _filled(embeddings, present, skip=None):
     return filled
 
 # %% ../nbs/api/core.ipynb #51e40f13
-def check_score_input(
+def check_score_shapes(
     embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
     target:int, # index of the target, `0 <= target < M`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
-) -> list[Tensor]: # the same in full precision, absent rows zero
-    "The border of every score: `ShapeError`, `DtypeError`, `RangeError`, `NonFiniteError`, or `MissingError` for a row without any query."
+):
+    "What can be checked without reading an embedding: `ShapeError`, `DtypeError`, `RangeError`, or `MissingError` for a row without any query."
     _check_shapes(embeddings)
     M = len(embeddings)
     if not isinstance(target, int) or not 0 <= target < M: raise RangeError(f"target must be an index in [0, {M-1}], got {target!r}")
@@ -166,6 +172,14 @@ def check_score_input(
         others = [m for m in range(M) if m != target]
         empty = (~present[:, others].any(1)).nonzero().flatten().tolist()
         if empty: raise MissingError(f"present: {len(empty)} rows have no query modality for target {target}, the first: {empty[:5]}")
+
+def check_score_input(
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
+    target:int, # index of the target, `0 <= target < M`
+    present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
+) -> list[Tensor]: # the same in full precision, absent rows zero
+    "The border of every score: the errors of `check_score_shapes`, and `NonFiniteError`."
+    check_score_shapes(embeddings, target, present)
     return _filled(embeddings, present, skip=target)
 
 # %% ../nbs/api/core.ipynb #a0109298
@@ -183,3 +197,19 @@ def check_loss_input(
         lonely = (present.sum(1) < 2).nonzero().flatten().tolist()
         if lonely: raise MissingError(f"present: {len(lonely)} rows have fewer than 2 modalities, the first: {lonely[:5]}")
     return _filled(embeddings, present)
+
+# %% ../nbs/api/core.ipynb #1889fb74
+@contextmanager
+def whole_file(
+    path:str|Path, # where to; folders are made as needed
+):
+    "A binary file to write to, which appears at `path` when the `with` block ends well, and else not at all; `OutputError` if it can't be written."
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file: yield file
+        os.replace(part, path)
+    except OSError as error: raise OutputError(f"path: {path} can't be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError): part.unlink()
