@@ -9,7 +9,7 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs preview notebooks clean
+.PHONY: help setup demo bench test docs preview notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -33,6 +33,11 @@ demo: $(READY) ## train CLIP, Symile and Gated Symile on real data; results in r
 	  -p data mfeat -p out $(DEMO) -y 'objectives: [PairwiseCLIP, Symile, GatedSymile]' -y 'p: [0, 0.5, 1]'
 	@$(BIN)/python -m nbconvert --log-level ERROR --to html $(DEMO)/retrieval.ipynb
 	@$(BIN)/python tools/demo.py $(DEMO)
+
+bench: $(READY) ## measure speed and memory beside the peers; results in runs/bench (some 10 minutes, on an idle machine)
+	@mkdir -p runs/bench
+	@$(BIN)/python -m papermill nbs/benchmarks/speed.ipynb runs/bench/speed.ipynb --kernel python3 -p out runs/bench
+	@echo "Tables and figures: runs/bench/speed.ipynb; the numbers: runs/bench/speed.parquet"
 
 test: $(READY) ## run every check, as continuous integration does
 	@$(BIN)/python tools/check.py
