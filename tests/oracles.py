@@ -35,18 +35,18 @@ def gated_score(gate, embeddings, target, i, j, present=None):
     "The gate for one query and one candidate, from the gate's parameters alone."
     c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
     here = [present is None or bool(present[i, m]) for m in queries]
-    T, alpha = gate.temperature(), gate.strength()
+    T, alpha, has_null = gate.temperature(), gate.strength(), gate.fit.null_bias is not None
     if hasattr(gate.fit, "table"):
-        fits, null = [gate.fit.table[target, m] / T for m in queries], gate.fit.null_bias[target] / T
+        fits, null = [gate.fit.table[target, m] / T for m in queries], gate.fit.null_bias[target] / T if has_null else None
     else:
         fits = [unit(gate.fit.query[target] @ c) @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
                 for m, ok in zip(queries, here)]
-        null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T
+        null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T if has_null else None
     if gate.weighting.weights.__name__ == "softmax_weights":
-        total = sum(f.exp() for f, ok in zip(fits, here) if ok) + (null.exp() if gate.null else 0)
+        total = sum(f.exp() for f, ok in zip(fits, here) if ok) + (null.exp() if has_null else 0)
         weights = [f.exp() / total for f in fits]
     else:
-        weights = [f.sigmoid() * (1 - null.sigmoid() if gate.null else 1) for f in fits]
+        weights = [f.sigmoid() * (1 - null.sigmoid() if has_null else 1) for f in fits]
     product = c
     for m, w, ok in zip(queries, weights, here):
         closing, n, e = alpha * (1 - w), gate.neutral.directions[m], embeddings[m][i]

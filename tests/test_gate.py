@@ -174,9 +174,10 @@ def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
     with pytest.MonkeyPatch.context() as patch:
         gate.blocks = PLAIN._replace(size=few)
         check()
+        patch.setattr(gates, "factorised_pays", lambda *sizes: True)
         patch.setattr(gates, "PIECE", 16 * few)                                    # in pieces, under a checkpoint
         check()
-        patch.setattr(gates, "WORTH", 0)                                           # the definition, in pieces
+        patch.setattr(gates, "factorised_pays", lambda *sizes: False)                   # the definition, in pieces
         check()
 
 

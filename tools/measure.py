@@ -41,10 +41,10 @@ def symile(B=128, D=256, M=3, negatives="candidates"):
     return step(Symile(negatives), embeddings(B, D, M))
 
 
-def gated(B=128, D=256, M=3, compile=False, worth=None):
-    "Gated Symile's loss and gradients; worth=0: the definition in pieces, worth=1e9: the factorised form, whatever M"
+def gated(B=128, D=256, M=3, compile=False, factorised=None):
+    "Gated Symile's loss and gradients; factorised: which form to take whatever M, the factorised one or the definition in pieces"
     import gated_symile.gate
-    if worth is not None: gated_symile.gate.WORTH = worth
+    if factorised is not None: gated_symile.gate.factorised_pays = lambda *sizes: factorised
     return step(gated_objective(M, D, compile), embeddings(B, D, M))
 
 
@@ -85,9 +85,14 @@ def product(B=512, D=256):
 CASES = {f.__name__: f for f in (symile, gated, written_out, package, search, product)}
 
 
-def peak():
-    "Largest resident memory of this process so far, in MiB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
+def peak(reset=False):
+    "Largest resident memory of this process in MiB, so far or, on Linux, since the last `reset`."
+    try:
+        if reset: Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
 
 
 def one(case, what, seconds=1., threads=2, **options):
@@ -95,8 +100,9 @@ def one(case, what, seconds=1., threads=2, **options):
     import torch
     torch.set_num_threads(int(threads))
     if what == "memory":
-        CASES[case](**options | ({"B": 16} | ({"N": 1000} if case == "search" else {})))()                # what torch itself needs, once
-        run, before = CASES[case](**options), peak()
+        small = {"B": 16} | ({"N": 1000} if case == "search" else {})
+        CASES[case](**options | ({} if options.get("compile") else small))()                             # what torch, or its compiler, needs once
+        run, before = CASES[case](**options), peak(reset=True)
         run()
         return dict(MiB=peak() - before)
     from torch.utils.benchmark import Timer
