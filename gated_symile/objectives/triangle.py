@@ -20,10 +20,10 @@ def squared_areas(
 ) -> Tensor: # `(B, N)`: the square of the area between candidate j and the two queries of row i
     "Squared areas of the triangles of all pairs, in two matrix products (Cicchetti et al., NeurIPS 2025)."
     c, (a, b) = embeddings[target], [e for m, e in enumerate(embeddings) if m != target]
-    u = b - a
+    u = (b - a) / 2                                                                # half the side, for half of base times height
     uu, uw = u.square().sum(1, keepdim=True), u @ c.T - (u*a).sum(1, keepdim=True)
-    ww = a.square().sum(1, keepdim=True) - 2*(a @ c.T) + c.square().sum(1)
-    return (uu*ww - uw.square()) / 4
+    ww = a.square().sum(1, keepdim=True) - 2*a @ c.T + c.square().sum(1)
+    return uu*ww - uw.square()
 
 # %% ../../nbs/api/objectives/triangle.ipynb #7edfdeb6
 def _three(embeddings):
