@@ -166,16 +166,16 @@ def _exp(x, shift, out):
     return torch.sub(x, shift, out=out).clamp_min_(0.6 * math.log(torch.finfo(x.dtype).tiny)).exp_()
 
 def _axis_log_sums(scores, shift, space):
-    "Log-sum-exp of a slab over all axes but one, for each of its three axes; with a shift, the slab is left as `exp(scores - shift)`."
+    "Log-sum-exp of a slab over all axes but one, for each of its three axes; with a shift, less that, and the slab is left as `exp(scores - shift)`."
     if shift is None:
         lines, columns = scores.amax(2, keepdim=True), scores.amax((0, 1))
         sums = lines.squeeze(2) + _exp(scores, lines, space).sum(2).log()          # (P, B)
         return sums.logsumexp(1), sums.logsumexp(0), columns + _exp(scores, columns, space).sum((0, 1)).log()
     sums = _exp(scores, shift, scores).sum(2)
-    return [shift + s.log() for s in (sums.sum(1), sums.sum(0), scores.sum((0, 1)))]
+    return sums.sum(1).log(), sums.sum(0).log(), scores.sum((0, 1)).log()
 
 def _log_sums(x, y, z, shift=None, kept=()):
-    "Log-sum-exp of the cube over all axes but one, for each of its three axes; with a shift, the first rows' exponentials are left in `kept`."
+    "Log-sum-exp of the cube over all axes but one, for each of its three axes; with a shift, less that, and the first exponentials are left in `kept`."
     parts = []
     for here, xy, scores, space, _ in _slabs(x, y, z):
         parts.append(_axis_log_sums(_scores(xy, z, kept[here] if here.stop <= len(kept) else scores), shift, space))
@@ -185,39 +185,41 @@ def _log_sums(x, y, z, shift=None, kept=()):
 # %% ../nbs/api/contrastive.ipynb #34542412
 KEPT = 2**22 # exponentials kept from the forward to the backward pass: 16 MiB of float32
 
-def _shared_gradient(exponentials, shift, anchors, out):
-    "Derivative by each score of a slab of `sum(v * l)` over the anchors: log-sums `l` and weights `v`, which broadcast to the slab."
-    x, y, z = (v * (shift - l).exp() for l, v in anchors)
+def _shared_gradient(exponentials, anchors, out):
+    "Derivative by each score of a slab of `sum(v * l)` over the anchors: log-sums `l`, less the shift, and weights `v`; both broadcast to the slab."
+    x, y, z = (v * (-l).exp() for l, v in anchors)
     return torch.add(x + y, z, out=out).mul_(exponentials)
 
 def _own_gradient(scores, anchors, out, space):
-    "The same where no shift can be shared."
+    "The same where no shift is shared, from the scores."
     out.zero_()
     for l, v in anchors: out.addcmul_(_exp(scores, l, space), v)
     return out
 
 # %% ../nbs/api/contrastive.ipynb #cebbe2ab
 class _CubeLogSums(torch.autograd.Function):
-    "Log-sum-exp of the cube over all axes but one, for each of its three axes."
+    "Log-sum-exp of the cube over all axes but one, for each of its three axes, less a shift; and the shift."
     @staticmethod
     def forward(ctx, x, y, z):
         shift = _log_sums(x[:1], y, z)[0]
         kept = x.new_empty(min(len(x), KEPT // (len(y) * len(z))), len(y), len(z))
         log_sums = _log_sums(x, y, z, shift, kept)
-        if not (torch.cat(log_sums) - shift).abs().max() < SAFE_SPREAD: log_sums, shift, kept = _log_sums(x, y, z), None, kept[:0]
+        ctx.shared = bool(torch.cat(log_sums).abs().max() < SAFE_SPREAD)
+        if not ctx.shared: log_sums, shift, kept = _log_sums(x, y, z), torch.zeros_like(shift), kept[:0]
         ctx.save_for_backward(x, y, z, *log_sums, shift, kept)
-        return log_sums
+        ctx.mark_non_differentiable(shift)
+        return *log_sums, shift
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v_x, v_y, v_z):
+    def backward(ctx, v_x, v_y, v_z, _):
         x, y, z, l_x, l_y, l_z, shift, kept = ctx.saved_tensors
         dx, dy, dz = (torch.zeros_like(e) for e in (x, y, z))
         for here, xy, scores, g, space in _slabs(x, y, z):
             anchors = (l_x[here, None, None], v_x[here, None, None]), (l_y[:, None], v_y[:, None]), (l_z, v_z)
-            if here.stop <= len(kept): g = _shared_gradient(kept[here], shift, anchors, g)
-            elif shift is None: g = _own_gradient(_scores(xy, z, scores), anchors, g, space)
-            else: g = _shared_gradient(_exp(_scores(xy, z, scores), shift, scores), shift, anchors, g)
+            if here.stop <= len(kept): _shared_gradient(kept[here], anchors, g)
+            elif ctx.shared: _shared_gradient(_exp(_scores(xy, z, scores), shift, scores), anchors, g)
+            else: _own_gradient(_scores(xy, z, scores), anchors, g, space)
             g = g.flatten(0, 1)
             dz.addmm_(g.T, xy.flatten(0, 1))
             torch.mm(g, z, out=xy.flatten(0, 1))                                   # the products' derivative takes their place
@@ -240,7 +242,7 @@ def all_loss(
     weights = valid.to(embeddings[0]) / valid.sum(1, keepdim=True).clamp_min(1) / valid.any(1).sum()
     factors = [*embeddings[:-1], embeddings[-1] * (scale * dvs(M, D))]
     rows = reduce(lambda x, e: (x[:, None] * e).flatten(0, 1), factors[:-2], embeddings[0].new_ones(1, D)) # (B**(M-2), D)
-    outer, *last_two = _CubeLogSums.apply(rows, *factors[-2:])
+    outer, *last_two, shift = _CubeLogSums.apply(rows, *factors[-2:])
     outer = outer.view([B] * (M - 2))
     log_sums = [outer.movedim(m, 0).reshape(B, -1).logsumexp(1) for m in range(M - 2)] + last_two
-    return (weights * (torch.stack(log_sums) - mip(factors))).sum()
+    return (weights * (torch.stack(log_sums) - (mip(factors) - shift))).sum()

@@ -1,12 +1,13 @@
 "Objectives against slow loops in float64 and against the PyPI package symile."
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from symile import MIPSimilarity, Symile as PackageSymile
 
-from gated_symile.contrastive import all_loss, candidate_scores, shuffle_scores, STRUCK_OUT
+from gated_symile.contrastive import _own_gradient, all_loss, candidate_scores, shuffle_scores, STRUCK_OUT
 from gated_symile.core import generator, unit, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError
 from gated_symile.gate import ModalityGate
 from gated_symile.mip import dvs, mip, mip_scores
@@ -59,15 +60,59 @@ def test_shuffled_loss_matches_the_package(M, monkeypatch):
 
 
 @pytest.mark.parametrize("M, B", [(3, 7), (3, 12), (4, 5), (5, 3)])
-@pytest.mark.parametrize("scale", [1., 60.]) # of one shift for a slab, and of one for each of its axes
-def test_all_combinations_match_the_package(M, B, scale, monkeypatch):
-    "The streamed cube against every combination listed, with slabs that don't divide the rows."
-    monkeypatch.setattr("gated_symile.contrastive.SLAB", 2*B**2 + 1)
+@pytest.mark.parametrize("scale, safe_spread", [(1., 20.), (60., 1e9), (60., 20.), (1000., 20.)]) # one shift for the cube, twice, and one for each sum, twice
+@pytest.mark.parametrize("kept_rows", [0, 3, 1000])
+def test_all_combinations_match_the_package(M, B, scale, safe_spread, kept_rows, monkeypatch):
+    "The streamed cube against every combination listed, with slabs that don't divide the rows, and exponentials kept for none, some or all of them."
+    for name, value in {"SLAB": 2*B*max(B, 6) + 1, "KEPT": kept_rows * B**2, "SAFE_SPREAD": safe_spread}.items():
+        monkeypatch.setattr(f"gated_symile.contrastive.{name}", value)
     e = [x.requires_grad_() for x in random_embeddings(M, B, 6)]
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     ours, theirs = all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(M, 6))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
-    for a, b in zip(torch.autograd.grad(ours, [s, *e]), torch.autograd.grad(theirs, [s, *e])): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    gradients = torch.autograd.grad(ours, [s, *e], retain_graph=True)
+    for a, b in zip(gradients, torch.autograd.grad(theirs, [s, *e])): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    for a, b in zip(gradients, torch.autograd.grad(-ours, [s, *e])): assert torch.equal(a, -b) # the first pass spoiled nothing that was kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 5), st.sampled_from([0.1, 3., 30.]), st.integers(0, 999))
+def test_all_combinations_are_the_loop(M, B, D, scale, seed):
+    "Anchors that are absent don't count, nor do modalities that one row alone has."
+    e = random_embeddings(M, B, D, seed=seed)
+    present = torch.rand(B, M, generator=generator(seed)) < 0.8
+    present[:2, 0] = True
+    scores = {rows: scale * dvs(M, D) * mip_loop([x[i] for x, i in zip(e, rows)]) for rows in product(range(B), repeat=M)}
+    losses = []
+    for m in range(M):
+        anchors = present[:, m].nonzero().flatten().tolist()
+        if len(anchors) < 2: continue
+        sums = {i: sum(math.exp(score) for rows, score in scores.items() if rows[m] == i) for i in anchors}
+        losses.append(sum(math.log(sums[i]) - scores[(i,)*M] for i in anchors) / len(anchors))
+    ours = all_loss(e, torch.tensor(scale, dtype=torch.float64), present)
+    torch.testing.assert_close(ours.item(), sum(losses)/len(losses), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1., 5., 25., 100.]) # log-sums close together; from 25 on, hundreds apart
+@pytest.mark.parametrize("kept", [0, 2**22])
+def test_all_combinations_in_float32(scale, kept, monkeypatch):
+    "Well-trained rows: negatives far below the true ones. The scores are rounded already, so the package in float32 is the measure."
+    monkeypatch.setattr("gated_symile.contrastive.KEPT", kept)
+    a, b = (torch.randn(24, 64, generator=generator(m)).sign() for m in range(2))
+    e = [unit(x + 0.5*torch.randn(24, 64, generator=generator(9 + m))).requires_grad_() for m, x in enumerate((a, b, a*b))]
+    s, exact_e = torch.tensor(scale), [x.detach().double().requires_grad_() for x in e]
+    exact = torch.autograd.grad(all_loss(exact_e, s.double()), exact_e)
+    ours, theirs = (torch.autograd.grad(loss, e) for loss in (all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(3, 64))))
+    for x, y, z in zip(ours, theirs, exact): assert (x - z).norm() <= 3 * (y - z).norm() + 1e-6 * z.norm()
+
+
+@pytest.mark.parametrize("spread", [1., 1e2, 1e4])
+def test_derivatives_by_scores_are_no_denormal_numbers(spread):
+    "A product of matrices with such numbers in it takes hundreds of times as long."
+    scores = spread * torch.randn(8, 9, 9, generator=generator(0))
+    anchors = [(scores.logsumexp(axes, keepdim=True), torch.tensor(1e-4)) for axes in ((1, 2), (0, 2), (0, 1))]
+    g = _own_gradient(scores, anchors, torch.empty_like(scores), torch.empty_like(scores))
+    assert g.min() > 1e6 * torch.finfo(g.dtype).tiny
 
 
 @settings(max_examples=30, deadline=None)
