@@ -66,13 +66,13 @@ def _line(before, after, chance, seed):
 
 _COLUMNS = ["metric", "modality", "kind", "n", "untouched", "value", "cost", "low", "high", "worse", "better", "chance", "note"]
 
-def _audit(embed, score, dataset, target, queries, k, kinds, bank_size, block_size, generator):
+def _audit(embed, score, dataset, target, queries, k, kinds, bank_size, generator):
     "The table of `audit`, for a dataset of rows that can be ranked, and what embeds and scores them."
     if not isinstance(kinds, dict): raise DtypeError(f"kinds must be a dict from a word to a corruption such as Swap(), got {kinds!r}")
     score, seed, lines = _with_present(score), int(torch.randint(2**31, (), generator=generator)), []
     def tops(data, embeddings):
         present = None if data.present is None else data.present.to(embeddings[0].device)
-        return rank_in_banks(score, embeddings, target, bank_size, present, block_size).top(k)
+        return rank_in_banks(score, embeddings, target, bank_size, present).top(k)
     embeddings = [embed(dataset, name) for name in dataset.names]
     before, sizes = tops(dataset, embeddings), [bank.stop - bank.start for bank in bank_slices(len(dataset), bank_size)]
     chance = torch.cat([torch.full((n,), min(1., k/n), dtype=torch.float64) for n in sizes])
@@ -94,14 +94,14 @@ def audit(
     k:int=1, # a row counts as found when the true one is among the first k
     kinds:dict[str, Callable]=KINDS, # word -> corruption of the input, as in `apply_corruption`
     bank_size:int|None=None, # search each row among at least so many, as in `rank_in_banks`; `None`: among all
-    block_size:int=1024, # rows encoded, and queries and candidates scored, at a time
+    block_size:int=1024, # rows encoded at a time
     generator:torch.Generator|None=None, # CPU generator of the corruptions and the bootstrap; `None`: PyTorch's own
 ) -> pd.DataFrame: # a line for each query `modality` and `kind`: `n`, `untouched`, `value`, `cost`, `low`, `high`, rows `worse` and `better`, `chance`, `note`
     "What each query modality costs when it is spoilt; a line that can't be measured says why in `note`. Errors of `rank_in_banks` and `apply_corruption`."
     dataset, t, queries = _rankable(model.names, dataset, target)
     with evaluating(model):
         return _audit(lambda data, name: _encoded(model, data, name, block_size), model.objective.score,
-                      dataset, t, queries, k, kinds, bank_size, block_size, generator)
+                      dataset, t, queries, k, kinds, bank_size, generator)
 
 # %% ../nbs/api/audit.ipynb #1af55c7b
 def audit_score(
@@ -111,13 +111,12 @@ def audit_score(
     k:int=1, # a row counts as found when the true one is among the first k
     kinds:dict[str, Callable]=EMBEDDING_KINDS, # word -> corruption of the embeddings, as in `apply_corruption`
     bank_size:int|None=None, # search each row among at least so many, as in `rank_in_banks`; `None`: among all
-    block_size:int=1024, # queries and candidates scored at a time
     generator:torch.Generator|None=None, # CPU generator of the corruptions and the bootstrap; `None`: PyTorch's own
 ) -> pd.DataFrame: # as from `audit`
     "`audit` for a score function and embeddings."
     if not isinstance(embeddings, MultimodalDataset): embeddings = MultimodalDataset(embeddings)
     dataset, t, queries = _rankable(embeddings.names, embeddings, target)
-    return _audit(lambda data, name: data.modalities[name], score, dataset, t, queries, k, kinds, bank_size, block_size, generator)
+    return _audit(lambda data, name: data.modalities[name], score, dataset, t, queries, k, kinds, bank_size, generator)
 
 # %% ../nbs/api/audit.ipynb #d4d9391c
 def _sign_test(worse, better):
@@ -184,7 +183,7 @@ def detection(
     dataset:MultimodalDataset, # raw, and with `corrupted`; rows without the target or without any query modality are left out
     target:str, # name of the modality to be found
     bank_size:int|None=None, # search each row among at least so many, as in `rank_in_banks`; `None`: among all
-    block_size:int=1024, # rows encoded, and queries and candidates scored, at a time
+    block_size:int=1024, # rows encoded at a time
     generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
 ) -> pd.DataFrame: # a line for each query `modality` that is corrupted in some rows and not in others: how many `corrupted` and `others`, `auroc`, `low`, `high`
     "How well a low weight at the top-ranked candidate tells that a modality is corrupted, among rows that have it; `MissingError` without a gate or where nothing is known."

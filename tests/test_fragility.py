@@ -248,7 +248,7 @@ def test_what_cannot_be_measured_is_said():
 
 @pytest.mark.parametrize("change, error, match", [
     (dict(target="Z"), UnknownNameError, "'Z'"), (dict(k=0), RangeError, "k"), (dict(k=1.5), DtypeError, "k"), (dict(bank_size=31), RangeError, "bank_size"),
-    (dict(block_size=0), RangeError, "block_size"), (dict(kinds=Swap()), DtypeError, "kinds"), (dict(kinds={"swapped": Swap}), DtypeError, "kind"),
+    (dict(bank_size=0), RangeError, "bank_size"), (dict(kinds=Swap()), DtypeError, "kinds"), (dict(kinds={"swapped": Swap}), DtypeError, "kind"),
     (dict(kinds={"swapped": {"B": Swap()}}), UnknownNameError, "'C'"), (dict(embeddings={"A": torch.ones(30, 4)*math.nan, "B": torch.ones(30, 4)}), MissingError, "none of 30"),
     (dict(score=lambda e, t, present=None: e[1] @ e[0].T * math.nan), NonFiniteError, "score is NaN")])
 def test_faults_of_an_audit_are_named(change, error, match):
@@ -434,9 +434,9 @@ def test_a_gate_set_by_hand_names_what_was_corrupted():
     rows = {"A": torch.cat([shared, b*c], 1) / 8, "B": torch.cat([shared, b], 1) / 8, "C": torch.cat([shared, c], 1) / 8}
     strange = lambda x, at, generator=None: torch.randn(len(at), 64, generator=generator).sign() / 8
     data = corrupt_one(MultimodalDataset(rows), ["B", "C"], 0.5, strange, generator(1))
-    gate = ModalityGate(3, 64, 64, neutral="ones", temperature=0.15)
+    gate = ModalityGate(3, 64, 64, null=True, neutral="ones", temperature=0.15)
     with torch.no_grad():
-        for projection in (*gate.fit.query, *gate.fit.key): projection.weight.copy_(torch.eye(64))
+        for projections in (gate.fit.query, gate.fit.key): projections.copy_(torch.eye(64))
     table = detection(Bare(GatedSymile(gate)), data, "A", generator=generator(0))
     assert table.modality.tolist() == ["B", "C"] and table.auroc.min() > 0.95
     blind = detection(Bare(GatedSymile(ModalityGate(3, 64, kind="matrix"))), data, "A", generator=generator(0))
