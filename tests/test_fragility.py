@@ -291,7 +291,7 @@ def test_a_model_that_encodes_nothing_is_audited_as_its_score():
 def test_a_model_is_corrupted_at_its_inputs(missing):
     model, data = model_and_data(missing=missing)
     model.train()
-    table = by_line(audit(model, data, "A", k=5, generator=generator(0), block_size=17))
+    table = by_line(audit(model, data, "A", k=25, generator=generator(0), block_size=17))
     assert all(module.training for module in model.modules())                 # dropout is off, and on again
     here = torch.stack([data.is_present(name) for name in NAMES], 1)
     data = data[here[:, 0] & here[:, 1:].any(1)]
@@ -300,7 +300,7 @@ def test_a_model_is_corrupted_at_its_inputs(missing):
     hits = torch.zeros(len(data), 3, dtype=torch.bool)
     hits[:, 2] = clean
     bad, rows = apply_corruption(data, hits, Gaussian(), torch.Generator().manual_seed(seed)), clean & data.is_present("C")
-    with torch.no_grad(): before, after = (rank_in_banks(model.score, model.encode(d), 0, None, d.present).top(5)[rows] for d in (data, bad))
+    with torch.no_grad(): before, after = (rank_in_banks(model.score, model.encode(d), 0, None, d.present).top(25)[rows] for d in (data, bad))
     assert (before != after).any()
     line = table.loc[("C", "noised")]
     assert (line.n, line.untouched, line.value) == (rows.sum(), pytest.approx(before.mean().item()), pytest.approx(after.mean().item()))
