@@ -59,6 +59,7 @@ def gated_score(gate, embeddings, target, i, j, present=None):
     return product.sum() * len(c)**((len(embeddings) - 1) / 2)
 
 
+<<<<<<< HEAD
 def gram_matrix(vectors):
     "All inner products of a few vectors, one at a time."
     return torch.tensor([[mip_loop([v, w]) for w in vectors] for v in vectors], dtype=torch.float64)
@@ -91,3 +92,19 @@ def both_ways_loop(scores, scale, present):
         rows = [i for i in range(len(table)) if present is None or present[i, t]]
         if len(rows) > 1: losses += [info_nce_loop(table, scale, rows), info_nce_loop([*zip(*table)], scale, rows)]
     return sum(losses) / len(losses)
+=======
+def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None):
+    "For one query and one candidate: subset of modalities, as a sorted tuple -> logit, counting through all binary numbers."
+    c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
+    logits = {(): torch.tensor(null, dtype=c.dtype)}
+    for bits in range(1, 2**len(queries)):
+        subset = tuple(m for k, m in enumerate(queries) if bits >> k & 1)
+        if len(subset) > (max_subset or len(queries)) or present is not None and not all(present[i, m] for m in subset): continue
+        logits[subset] = scale * len(c)**(len(subset)/2) * math.prod([embeddings[m][i] for m in subset], start=c).sum() - penalty * (len(subset) - 1)
+    return logits
+
+
+def subset_score(*args, **options):
+    "Logarithm of the summed odds of all subsets."
+    return sum(logit.exp() for logit in subset_logits(*args, **options).values()).log()
+>>>>>>> subset
