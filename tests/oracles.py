@@ -59,7 +59,6 @@ def gated_score(gate, embeddings, target, i, j, present=None):
     return product.sum() * len(c)**((len(embeddings) - 1) / 2)
 
 
-<<<<<<< HEAD
 def gram_matrix(vectors):
     "All inner products of a few vectors, one at a time."
     return torch.tensor([[mip_loop([v, w]) for w in vectors] for v in vectors], dtype=torch.float64)
@@ -92,7 +91,8 @@ def both_ways_loop(scores, scale, present):
         rows = [i for i in range(len(table)) if present is None or present[i, t]]
         if len(rows) > 1: losses += [info_nce_loop(table, scale, rows), info_nce_loop([*zip(*table)], scale, rows)]
     return sum(losses) / len(losses)
-=======
+
+
 def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None):
     "For one query and one candidate: subset of modalities, as a sorted tuple -> logit, counting through all binary numbers."
     c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
@@ -107,4 +107,3 @@ def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_
 def subset_score(*args, **options):
     "Logarithm of the summed odds of all subsets."
     return sum(logit.exp() for logit in subset_logits(*args, **options).values()).log()
->>>>>>> subset
