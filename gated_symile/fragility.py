@@ -58,7 +58,7 @@ def gate_by_corruption(
     dataset:MultimodalDataset, # the model's modalities, raw; rows without the target or without any query modality are left out
     target:str, # name of the target modality
     bank_size:int|None=None, # search each row among at least so many, as in `rank_in_banks`; `None`: among all
-    block_size:int=1024, # rows encoded, and queries and candidates scored, at a time
+    block_size:int=1024, # how many rows are encoded at a time
     generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
 ) -> pd.DataFrame: # columns `rows`, `n` as in `accuracy_by_corruption`; `modality` (a query's name or `NULL`), `value`, `low`, `high`
     "Mean weight of each query modality at the top-ranked candidate, by what was corrupted; `MissingError` without a gate or without rows."
@@ -75,7 +75,7 @@ def gate_by_corruption(
         present = None if dataset.present is None else dataset.present.to(encoded[0].device)
         for bank in bank_slices(len(dataset), bank_size):
             embeddings, mask = [e[bank] for e in encoded], None if present is None else present[bank]
-            best = top_k(model.objective.score, embeddings, t, 1, mask, block_size)[1][:, 0]
+            best = top_k(model.objective.score, embeddings, t, 1, mask, progress=False)[1][:, 0]
             weights.append(_weights_at(gate, embeddings, t, mask, best))
     columns = dict(zip([model.names[m] for m in queries] + ["NULL"], torch.cat(weights).T))
     return pd.DataFrame([(group, rows.sum().item(), name, w[rows].double().mean().item(), *bootstrap_interval(w[rows], generator=generator))
