@@ -6,11 +6,12 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'PairwiseCLIP', 'Symile', 'GatedSymile', 'MultimodalDataset',
-           'standardise', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'synthetic_xnor', 'mfeat',
-           'load_tabular', 'MLP', 'bootstrap_interval', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k',
-           'Ranks', 'accuracy_by_corruption', 'gate_by_corruption', 'fit', 'load_weights', 'rank_dataset', 'save_model',
-           'MultimodalModel']
+           'NeutralDirections', 'ModalityGate', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
+           'SubsetSymile', 'MultimodalDataset', 'standardise', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing',
+           'Swap', 'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval', 'encode_bank', 'load_bank',
+           'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k', 'Ranks', 'accuracy_by_corruption',
+           'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'fit', 'load_weights', 'rank_dataset',
+           'save_model', 'MultimodalModel']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, RangeError,
@@ -21,20 +22,24 @@ from .neutral import NeutralDirections
 from .gate import ModalityGate
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile
+from .objectives.gram import GRAM
+from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
+from .objectives.subset import SubsetSymile
 from .data.dataset import MultimodalDataset, standardise
 from .data.corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
 from .data.xnor import synthetic_xnor
 from .data.mfeat import mfeat
 from .data.tabular import load_tabular
 from .encoders import MLP
-from .retrieval import bootstrap_interval, metrics, rank_in_banks, rank_true, retrieve, top_k, Ranks
+from .retrieval import bootstrap_interval, encode_bank, load_bank, metrics, rank_in_banks, rank_true, retrieve, save_bank, top_k, Ranks
 from .fragility import accuracy_by_corruption, gate_by_corruption
+from .audit import audit, audit_score, detection, verdict
 from .training import fit, load_weights, rank_dataset, save_model, MultimodalModel
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError", "OutputError", "RangeError",
          "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce", "LogitScale", "NeutralDirections", "ModalityGate",
-         "PairwiseCLIP", "Symile", "GatedSymile", "MultimodalDataset", "standardise", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing",
-         "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP", "bootstrap_interval", "metrics", "rank_in_banks", "rank_true", "retrieve",
-         "top_k", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "fit", "load_weights", "rank_dataset", "save_model", "MultimodalModel"]
+         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "SubsetSymile", "MultimodalDataset", "standardise", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing",
+         "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP", "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true", "retrieve",
+         "top_k", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "fit", "load_weights", "rank_dataset", "save_model", "MultimodalModel"]

@@ -61,7 +61,7 @@ def _maxima(scores):
 
 def _table(score, embeddings, target, present, rows, columns):
     "Scores of a block `(b, n)` and their maxima; `ShapeError` for another shape, `NonFiniteError` for NaN, whether in the bank or in the score."
-    blame = lambda: check_finite(embeddings[target], f"embeddings[{target}], rows {columns.start} to {columns.stop - 1},", columns.start)
+    blame = lambda: check_finite(embeddings[target][:columns.stop - columns.start], f"embeddings[{target}], rows {columns.start} to {columns.stop - 1},", columns.start)
     shape = len(embeddings[0 if target else 1]), len(embeddings[target])
     try: scores = score(embeddings, target, present)
     except NonFiniteError: blame(); raise

@@ -1,11 +1,18 @@
-"Retrieval against a sort, in any blocks and with exact ties; and accuracy and gate by corruption, with the real model."
+"Retrieval against a sort, in any blocks and with exact ties; banks in files; and accuracy and gate by corruption, with the real model."
 import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gated_symile.core import MissingError, NonFiniteError, generator, unit
+from gated_symile.core import MissingError, NonFiniteError, OutputError, RangeError, ShapeError, generator, unit
 from gated_symile.data.corruption import Missing, corrupt
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
@@ -15,11 +22,12 @@ from gated_symile.gate import ModalityGate
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
-from gated_symile.retrieval import bootstrap_interval, evaluating, rank_in_banks, rank_true, retrieve, top_k
+from gated_symile.retrieval import (Bank, bootstrap_interval, encode_bank, evaluating, load_bank, rank_in_banks, rank_true, retrieve, save_bank,
+                                    top_k)
 from gated_symile.training import MultimodalModel
 
 seeds = st.integers(0, 10**6)
-blocks = st.sampled_from([1, 7, 16, 17, 33, 48, 1000])
+budgets = st.sampled_from([0, 0.03, 0.06, 0.2, 64])                              # MiB: from 16 x 32 scores at a time to all of them
 
 
 def score(embeddings, target, present=None):
@@ -61,24 +69,34 @@ def place(row, true):
 
 
 @settings(max_examples=120, deadline=None)
-@given(seeds, st.integers(2, 4), st.integers(1, 40), st.integers(1, 50), st.booleans(), blocks, st.data())
-def test_top_k_is_a_sort(seed, M, B, N, holes, block_size, data):
+@given(seeds, st.integers(2, 4), st.integers(1, 40), st.integers(1, 150), st.booleans(), budgets, st.data())
+def test_top_k_is_a_sort(seed, M, B, N, holes, memory, data):
     embeddings, target, present = make(seed, M, B, N, holes)
     k = data.draw(st.integers(1, N))
-    values, found = top_k(score, embeddings, target, k, present, block_size)
+    values, found = top_k(score, embeddings, target, k, present, memory)
     for row, vs, js in zip(scores_loop(embeddings, target, present), values.tolist(), found.tolist(), strict=True):
         expected = sorted(range(N), key=lambda j: (-row[j], j))[:k]
         assert js == expected and vs == [row[j] for j in expected]
 
 
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 300), st.integers(1, 40), st.sampled_from([1, 2, 7]), st.sampled_from([0, 0.1]))
+def test_infinite_scores_are_ranked_too(seed, N, k, kinds, memory):
+    table = torch.tensor([-math.inf, -1., 0., 1., 2., 3., math.inf])[torch.randint(kinds, (20, N), generator=generator(seed))]    # mostly ties
+    look_up = lambda e, t, p: table[e[1][:, 0].long()][:, e[0][:, 0].long()]
+    values, found = top_k(look_up, [torch.arange(float(N))[:, None], torch.arange(20.)[:, None]], 0, min(k, N), memory=memory)
+    expected = table.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :k]) and torch.equal(found, expected.indices[:, :k])
+
+
 @settings(max_examples=120, deadline=None)
-@given(seeds, st.integers(2, 4), st.integers(1, 40), st.integers(1, 50), st.booleans(), st.booleans(), blocks)
-def test_ranks_are_those_of_a_sort(seed, M, B, N, holes, aligned, block_size):
+@given(seeds, st.integers(2, 4), st.integers(1, 40), st.integers(1, 150), st.booleans(), st.booleans(), budgets)
+def test_ranks_are_those_of_a_sort(seed, M, B, N, holes, aligned, memory):
     embeddings, target, present = make(seed, M, B, max(N, B) if aligned else N, holes)
     N = len(embeddings[target])
     if aligned and present is not None: present[:, target] = True
     truth = None if aligned else torch.randint(N, (B,), generator=generator(seed))
-    ranks = rank_true(score, embeddings, target, truth, present, block_size)
+    ranks = rank_true(score, embeddings, target, truth, present, memory)
     table = scores_loop(embeddings, target, present)
     expected = [place(row, i if aligned else int(truth[i])) for i, row in enumerate(table)]
     assert list(zip(ranks.above.tolist(), ranks.tied.tolist())) == expected
@@ -91,19 +109,19 @@ def test_ranks_are_those_of_a_sort(seed, M, B, N, holes, aligned, block_size):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 60), blocks, st.sampled_from([0., 0.1, -math.inf, math.inf]))
-def test_a_constant_score_knows_nothing(seed, N, block_size, value):
+@given(seeds, st.integers(1, 60), budgets, st.sampled_from([0., 0.1, -math.inf, math.inf]))
+def test_a_constant_score_knows_nothing(seed, N, memory, value):
     rows = [torch.randn(N, 2, generator=generator(seed)) for _ in range(2)]
     constant = lambda e, t, p: torch.full((len(e[1 - t]), len(e[t])), value)
-    ranks = rank_true(constant, rows, 0, torch.randint(N, (N,), generator=generator(seed)), block_size=block_size)
+    ranks = rank_true(constant, rows, 0, torch.randint(N, (N,), generator=generator(seed)), memory=memory)
     for k in range(1, N + 1): assert torch.equal(ranks.top(k), torch.full((N,), k, dtype=torch.float64) / N)
     assert (ranks.rank() == (N + 1) / 2).all()
-    assert top_k(constant, rows, 0, N, block_size=block_size)[1].tolist() == [list(range(N))]*N
+    assert top_k(constant, rows, 0, N, memory=memory)[1].tolist() == [list(range(N))]*N
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 40), st.integers(1, 40), st.booleans(), blocks, st.data())
-def test_a_nan_score_is_never_a_rank(seed, B, N, holes, block_size, data):
+@given(seeds, st.integers(1, 40), st.integers(1, 40), st.booleans(), budgets, st.data())
+def test_a_nan_score_is_never_a_rank(seed, B, N, holes, memory, data):
     embeddings, target, present = make(seed, 3, B, N, holes)
     i, j = data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, N - 1))
     query = 1 if target == 0 else 0
@@ -117,8 +135,40 @@ def test_a_nan_score_is_never_a_rank(seed, B, N, holes, block_size, data):
         here = torch.ones(len(s), dtype=torch.bool) if p is None else p[:, query]
         return s.masked_fill(((e[query][:, 0] == i) & here)[:, None] & (e[t][:, 0] == j), torch.nan)
     message = rf"NaN for 1 queries, the first: \[{i}\]"
-    with pytest.raises(NonFiniteError, match=message): top_k(spoilt, embeddings, target, 1, present, block_size)
-    with pytest.raises(NonFiniteError, match=message): rank_true(spoilt, embeddings, target, torch.full((B,), N // 2), present, block_size)
+    with pytest.raises(NonFiniteError, match=message): top_k(spoilt, embeddings, target, 1, present, memory)
+    with pytest.raises(NonFiniteError, match=message): rank_true(spoilt, embeddings, target, torch.full((B,), N // 2), present, memory)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 30), st.integers(1, 150), budgets, st.sampled_from([torch.float16, torch.bfloat16]))
+def test_half_precision_is_upcast_block_by_block(seed, B, N, memory, dtype):
+    embeddings, target, present = make(seed, 3, B, N, True)
+    embeddings[target] = (embeddings[target] + torch.randn(N, 3, generator=generator(seed))).to(dtype)
+    whole = [e.float() for e in embeddings]
+    for a, b in zip(top_k(score, embeddings, target, N, present, memory), top_k(score, whole, target, N, present, memory)): assert torch.equal(a, b)
+    truth = torch.randint(N, (B,), generator=generator(seed))
+    ranks, expected = (rank_true(score, e, target, truth, present, memory) for e in (embeddings, whole))
+    assert torch.equal(ranks.above, expected.above) and torch.equal(ranks.tied, expected.tied)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(2, 4), st.integers(1, 20), st.integers(1, 200), budgets, st.sampled_from([math.nan, math.inf]), st.booleans(), st.data())
+def test_a_hole_in_the_bank_is_named_by_its_row(seed, M, B, N, memory, hole, half, data):
+    target, j = seed % M, data.draw(st.integers(0, N - 1))
+    embeddings = [unit(torch.rand(N if m == target else B, 4, generator=generator(m))) for m in range(M)]
+    embeddings[target][j, data.draw(st.integers(0, 3))] = hole
+    if half: embeddings[target] = embeddings[target].half()
+    for f in (score, *(objective.score for objective in objectives(M, 4))):      # with checks of its own and without
+        with pytest.raises(NonFiniteError, match=rf"embeddings\[{target}\], rows \d+ to \d+, has .* in 1 present rows, the first: \[{j}\]"):
+            top_k(f, embeddings, target, 1, memory=memory)
+
+
+def test_a_large_bank_is_searched_group_by_group():
+    queries, bank = (torch.randint(-2, 3, (n, 8), generator=generator(n)).float() for n in (40, 20_001))
+    expected = (queries @ bank.T).sort(dim=1, descending=True, stable=True)      # whole numbers, hundreds of each
+    for k, memory in ((1, 1), (10, 0.3), (100, 64), (1000, 0.3), (20_001, 1)):
+        values, found = top_k(score, [bank, queries], 0, k, memory=memory)
+        assert torch.equal(values, expected.values[:, :k]) and torch.equal(found, expected.indices[:, :k])
 
 
 # The objectives' own scores
@@ -127,33 +177,33 @@ def objectives(M, D): return [PairwiseCLIP(), Symile(), GatedSymile(ModalityGate
 
 
 @settings(max_examples=15, deadline=None)
-@given(seeds, st.integers(2, 4), st.integers(1, 25), st.integers(1, 40), blocks, st.booleans())
-def test_streamed_is_unstreamed(seed, M, B, N, block_size, holes):
+@given(seeds, st.integers(2, 4), st.integers(1, 25), st.integers(1, 40), budgets, st.booleans())
+def test_streamed_is_unstreamed(seed, M, B, N, memory, holes):
     _, target, present = make(seed, M, B, N, holes)
     embeddings = [unit(torch.randn(N if m == target else B, 8, generator=generator(seed + m))) for m in range(M)]
     for objective in objectives(M, 8):
         with torch.no_grad(): whole = objective.score(embeddings, target, present)
-        values, found = top_k(objective.score, embeddings, target, N, present, block_size)
+        values, found = top_k(objective.score, embeddings, target, N, present, memory)
         torch.testing.assert_close(values, whole.sort(1, descending=True).values, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(values, whole.gather(1, found), atol=1e-4, rtol=1e-4)
         assert (found.sort(1).values == torch.arange(N)).all()                   # each candidate once
         truth = torch.randint(N, (B,), generator=generator(seed))
         rank = (found == truth[:, None]).int().argmax(1)                         # its place in the list
-        ranks = rank_true(objective.score, embeddings, target, truth, present, block_size)
+        ranks = rank_true(objective.score, embeddings, target, truth, present, memory)
         assert ((ranks.above <= rank) & (rank <= ranks.above + ranks.tied)).all()
 
 
 @settings(max_examples=15, deadline=None)
-@given(seeds, st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), blocks)
-def test_duplicates_tie_exactly(seed, B, N, copies, block_size):
+@given(seeds, st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), budgets)
+def test_duplicates_tie_exactly(seed, B, N, copies, memory):
     target, D, truth = seed % 3, 128, torch.randint(N, (B,), generator=generator(seed))
     embeddings = [unit(torch.randn(N if m == target else B, D, generator=generator(seed + m))) for m in range(3)]
     many = [e.repeat(copies, 1) if m == target else e for m, e in enumerate(embeddings)]
     order = torch.randperm(N*copies, generator=generator(seed))                  # wherever in the bank they stand
     many[target] = many[target][order]
     for objective in objectives(3, D):
-        ranks = rank_true(objective.score, many, target, (order[None] % N == truth[:, None]).int().argmax(1), block_size=block_size)
-        once = rank_true(objective.score, embeddings, target, truth, block_size=block_size)
+        ranks = rank_true(objective.score, many, target, (order[None] % N == truth[:, None]).int().argmax(1), memory=memory)
+        once = rank_true(objective.score, embeddings, target, truth, memory=memory)
         assert (ranks.above % copies == 0).all() and (ranks.tied % copies == copies - 1).all()
         torch.testing.assert_close(ranks.above / copies, once.above.float(), atol=1., rtol=0)      # but for rounding
 
@@ -161,17 +211,17 @@ def test_duplicates_tie_exactly(seed, B, N, copies, block_size):
 # Banks
 
 @settings(max_examples=60, deadline=None)
-@given(seeds, st.integers(2, 4), st.integers(1, 60), st.booleans(), blocks, st.data())
-def test_banks_are_searches_of_their_own(seed, M, B, holes, block_size, data):
+@given(seeds, st.integers(2, 4), st.integers(1, 60), st.booleans(), budgets, st.data())
+def test_banks_are_searches_of_their_own(seed, M, B, holes, memory, data):
     embeddings, target, present = make(seed, M, B, B, holes)
     if present is not None: present[:, target] = True
     bank_size = data.draw(st.one_of(st.none(), st.integers(1, B)))
-    ranks = rank_in_banks(score, embeddings, target, bank_size, present, block_size)
+    ranks = rank_in_banks(score, embeddings, target, bank_size, present, memory)
     count = B // (bank_size or B)
     banks = [[i for i in range(B) if i >= B*b // count and i < B*(b + 1) // count] for b in range(count)]
     assert sum(banks, []) == list(range(B)) and min(map(len, banks)) >= (bank_size or B) and max(map(len, banks)) <= min(map(len, banks)) + 1
     for bank in banks:
-        alone = rank_true(score, [e[bank] for e in embeddings], target, None, None if present is None else present[bank], 1000)
+        alone = rank_true(score, [e[bank] for e in embeddings], target, None, None if present is None else present[bank])
         assert torch.equal(ranks[bank].above, alone.above) and torch.equal(ranks[bank].tied, alone.tied)
         assert (alone.above + alone.tied < len(bank)).all()
 
@@ -313,3 +363,142 @@ def test_retrieve_finds_what_the_scores_say():
     assert table["query"].tolist() == [i for i in data.ids for _ in range(3)] and table["rank"].tolist() == [1, 2, 3]*len(data)
     assert table.candidate.tolist() == [data.ids[j] for row in found[:, :3].tolist() for j in row]
     torch.testing.assert_close(torch.tensor(table.score.to_numpy()).float(), values[:, :3].flatten(), atol=1e-4, rtol=1e-4)
+
+
+# Banks in files
+
+@pytest.fixture
+def filed(tmp_path):
+    "A model in training mode, its data, and the path of a bank."
+    return *model_and_data(rows=100), tmp_path/"banks"/"A.npy"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_bank_in_a_file_is_the_one_in_memory(filed, precision):
+    model, data, path = filed
+    data = MultimodalDataset(data.modalities, ids=[f"row {i}" for i in range(100)])
+    saved = save_bank(model, data, "A", path, precision, block_size=7)
+    assert saved.ids == data.ids and saved.embeddings.dtype == getattr(torch, precision) and os.listdir(path.parent) == ["A.npy"]
+    loaded, inside = load_bank(path, data.ids), encode_bank(model, data, "A", block_size=9)
+    assert np.array_equal(np.load(path), saved.embeddings) and torch.equal(loaded.embeddings, saved.embeddings)
+    torch.testing.assert_close(loaded.embeddings.float(), inside.embeddings, atol=1e-6 if precision == "float32" else 1e-3, rtol=0)
+    with torch.no_grad(), evaluating(model): queries = model.encode(data)[1:]
+    found = [top_k(model.score, [e, *queries], 0, 5, memory=0.2) for e in (loaded.embeddings, loaded.embeddings.float().clone())]
+    ranks = [rank_true(model.score, [e, *queries], 0, memory=0.2) for e in (loaded.embeddings, loaded.embeddings.float().clone())]
+    assert all(map(torch.equal, *found)) and torch.equal(ranks[0].above, ranks[1].above)
+    tables = [retrieve(model, data.select(["C", "B"]), bank, "A", k=3, memory=0.2) for bank in (loaded, Bank(loaded.embeddings.float(), data.ids))]
+    assert tables[0].equals(tables[1])
+    if precision == "float32": assert tables[0].candidate.equals(retrieve(model, data.select(["C", "B"]), data, "A", k=3).candidate)
+    assert all(module.training for module in model.modules())                    # dropout was off, and is on again
+
+
+def test_rows_are_encoded_a_block_at_a_time(filed):
+    model, data, path = filed
+    seen, encode = [], model.encode_modality
+    model.encode_modality = lambda name, x, present: seen.append(len(x)) or encode(name, x, present)
+    save_bank(model, data, "A", path, block_size=30)
+    encode_bank(model, data, "A", block_size=50)
+    assert seen == [30, 30, 30, 10, 50, 50]
+
+
+class Interrupted:
+    "The model, until it has encoded so many blocks; then something else happens."
+    def __init__(self, model, blocks, event): self.model, self.left, self.event = model, blocks, event
+    def __getattr__(self, name): return getattr(self.model, name)
+    def encode_modality(self, *args):
+        self.left -= 1
+        return self.event() if self.left < 0 else self.model.encode_modality(*args)
+
+
+def interrupt(): raise KeyboardInterrupt
+
+
+def test_an_interrupted_bank_is_not_there(filed):
+    model, data, path = filed
+    with pytest.raises(KeyboardInterrupt): save_bank(Interrupted(model, 2, interrupt), data, "A", path, block_size=30)
+    assert os.listdir(path.parent) == []
+    old = save_bank(model, data, "A", path)
+    before = old.embeddings.clone()
+    with pytest.raises(KeyboardInterrupt): save_bank(Interrupted(model, 2, interrupt), data, "A", path, block_size=30)
+    assert os.listdir(path.parent) == ["A.npy"] and torch.equal(load_bank(path).embeddings, before)
+    save_bank(model, data, "B", path)                                            # a new bank in its place: who has the old one keeps it
+    assert torch.equal(old.embeddings, before) and not torch.equal(load_bank(path).embeddings, before)
+
+
+def test_a_killed_process_leaves_no_half_bank(tmp_path):
+    code = f"""if True:
+        import os, signal, torch
+        from torch import nn
+        from gated_symile.retrieval import save_bank
+        class Toy(nn.Module):
+            blocks = 0
+            def encode_modality(self, name, x, present):
+                self.blocks += 1
+                if self.blocks == 3: os.kill(os.getpid(), signal.SIGKILL)
+                return x
+        save_bank(Toy(), torch.randn(10_000, 64), "A", {str(tmp_path/"A.npy")!r})"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9 and not (tmp_path/"A.npy").exists(), done.stderr
+    assert [name.startswith(".A.npy") for name in os.listdir(tmp_path)] == [True]
+
+
+@contextmanager
+def largest_file(size):
+    "No file may grow longer than that: what a full disk does to whoever writes."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(filed):
+    model, data, path = filed
+    with largest_file(3000), pytest.raises(OutputError, match="A.npy can't be written: File too large"): save_bank(model, data, "A", path, block_size=30)
+    assert os.listdir(path.parent) == []
+    with pytest.raises(OutputError, match="can't be written"): save_bank(model, data, "A", "/dev/null/A.npy")
+
+
+def test_what_a_bank_cannot_be(filed):
+    model, data, path = filed
+    queries = data.select(["B", "C"])
+    save_bank(model, data, "A", path)
+    for wrong in (Bank(torch.randn(5, DIM + 1)), Bank(data.modalities["A"])):         # raw rows by mistake
+        with pytest.raises(ShapeError, match="share one width D"): retrieve(model, queries, wrong, "A", k=1)
+    with pytest.raises(RangeError, match=r"k must lie in \[1, 100\], got 101"): retrieve(model, queries, load_bank(path), "A", k=101)
+    with pytest.raises(ShapeError, match="no rows"): top_k(model.score, [torch.empty(0, DIM), *[torch.randn(3, DIM)]*2], 0, 1)
+    missing = MultimodalDataset({"A": torch.cat([data.modalities["A"], torch.full((1, 16), math.nan)])})
+    with pytest.raises(MissingError, match=r"'A' is missing in 1 rows, the first: \[100\]; leave them out"): save_bank(model, missing, "A", path)
+    table = retrieve(model, queries, encode_bank(model, missing, "A"), "A", k=100)
+    assert set(table.candidate) == set(range(100))
+    model.encode_modality = lambda name, x, present: x * 1e5                     # too large for half precision
+    with pytest.raises(NonFiniteError, match="'A' in float16 has .* the first: "): save_bank(model, data, "A", path, "float16")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="asks Linux for the peak")
+@pytest.mark.parametrize("objective, search", [("GatedSymile(ModalityGate(3, 128))", "top_k"), ("Symile()", "rank_true")])
+def test_a_search_stays_within_its_memory(objective, search):
+    code = f"""if True:
+        import torch
+        from gated_symile import *
+        def kib(what): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+        e = [torch.zeros(100_000, 128, dtype=torch.float16), *(unit(torch.randn(256, 128)) for _ in range(2))]
+        for rows in e[0].split(10_000): rows.copy_(unit(torch.randn(len(rows), 128)))
+        score, bank = {objective}.score, e[0]
+        e[0] = bank[:3000]; {search}(score, e, 0, progress=False, memory=32)
+        e[0] = bank; open("/proc/self/clear_refs", "w").write("5")
+        before = kib("VmRSS"); {search}(score, e, 0, progress=False, memory=32)
+        print((kib("VmHWM") - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 36, "MiB; the bank in full precision has 49, the whole table 98"
+
+
+def test_only_long_searches_show_a_bar(capsys):
+    bank, queries = torch.randn(320, 4, generator=generator(0)), torch.randn(3, 4, generator=generator(1))
+    top_k(score, [bank, queries], 0, memory=0)
+    assert capsys.readouterr().err == ""
+    def slow(e, t, p): time.sleep(0.3); return score(e, t, p)
+    top_k(slow, [bank, queries], 0, memory=0)
+    assert "search:" in capsys.readouterr().err
+    top_k(slow, [bank, queries], 0, memory=0, progress=False)
+    assert capsys.readouterr().err == ""
