@@ -95,7 +95,6 @@ def _weights_at(gate, embeddings, target, present, chosen, block=128):
         parts.append(torch.cat([weights.diagonal().T, null.diagonal()[:, None]], 1))
     return torch.cat(parts).cpu()
 
-<<<<<<< HEAD
 def _rankable(names, dataset, target):
     "The named modalities without rows that lack the target or every query, and the indices of target and queries."
     t = names.index(check_name("target", target, names))
@@ -108,19 +107,6 @@ def _rankable(names, dataset, target):
 def _top_weights(model, dataset, target, bank_size, block_size):
     "The dataset without rows that can't be ranked, and weights `(rows,)` by name, with NULL, at each row's top-ranked candidate."
     gate = model.objective if hasattr(model.objective, "weights") else getattr(model.objective, "gate", None)
-=======
-# %% ../nbs/api/fragility.ipynb #7a8a8139
-def gate_by_corruption(
-    model:nn.Module, # with `names`, `encode_modality(name, x, present)`, `objective.score` and `objective.gate.weights`
-    dataset:MultimodalDataset, # the model's modalities, raw; rows without the target or without any query modality are left out
-    target:str, # name of the target modality
-    bank_size:int|None=None, # search each row among at least so many, as in `rank_in_banks`; `None`: among all
-    block_size:int=1024, # how many rows are encoded at a time
-    generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
-) -> pd.DataFrame: # columns `rows`, `n` as in `accuracy_by_corruption`; `modality` (a query's name or `NULL`), `value`, `low`, `high`
-    "Mean weight of each query modality at the top-ranked candidate, by what was corrupted; `MissingError` without a gate or without rows."
-    gate = getattr(model.objective, "gate", None)
->>>>>>> search
     if gate is None: raise MissingError(f"model.objective has no gate: {type(model.objective).__name__}")
     dataset, t, queries = _rankable(model.names, dataset, target)
     weights = []
@@ -129,11 +115,7 @@ def gate_by_corruption(
         present = None if dataset.present is None else dataset.present.to(encoded[0].device)
         for bank in bank_slices(len(dataset), bank_size):
             embeddings, mask = [e[bank] for e in encoded], None if present is None else present[bank]
-<<<<<<< HEAD
             best = top_k(model.objective.score, embeddings, t, 1, mask)[1][:, 0]
-=======
-            best = top_k(model.objective.score, embeddings, t, 1, mask, progress=False)[1][:, 0]
->>>>>>> search
             weights.append(_weights_at(gate, embeddings, t, mask, best))
     return dataset, dict(zip([model.names[m] for m in queries] + ["NULL"], torch.cat(weights).T))
 
