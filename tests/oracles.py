@@ -57,3 +57,37 @@ def gated_score(gate, embeddings, target, i, j, present=None):
             if gate.renormalise: g = unit(g)
         product = product * g
     return product.sum() * len(c)**((len(embeddings) - 1) / 2)
+
+
+def gram_matrix(vectors):
+    "All inner products of a few vectors, one at a time."
+    return torch.tensor([[mip_loop([v, w]) for w in vectors] for v in vectors], dtype=torch.float64)
+
+
+def volume_score(vectors):
+    "Minus the volume that a few vectors enclose, by a determinant."
+    return -math.sqrt(max(torch.linalg.det(gram_matrix(vectors)).item(), 0.))
+
+
+def triangle_score(a, b, c):
+    "Minus half of |u|^2 |v|^2 - <u, v>^2 for the sides u, v that start at c, one coordinate at a time."
+    u, v = ([p - q for p, q in zip(corner.tolist(), c.tolist())] for corner in (a, b))
+    inner = lambda x, y: math.fsum(p*q for p, q in zip(x, y))
+    return -(inner(u, u)*inner(v, v) - inner(u, v)**2) / 2
+
+
+def scores_loop(embeddings, target, present, of_row):
+    "`of_row(queries, candidate)` for all pairs, one at a time; queries that are missing are left out of the list."
+    queries = [m for m in range(len(embeddings)) if m != target]
+    rows = range(len(embeddings[queries[0]]))
+    here = lambda i: [embeddings[m][i] for m in queries if present is None or present[i, m]]
+    return [[of_row(here(i), c) for c in embeddings[target]] for i in rows]
+
+
+def both_ways_loop(scores, scale, present):
+    "InfoNCE among the columns and among the rows, over the targets that two rows have; `scores[t]` as nested lists."
+    losses = []
+    for t, table in enumerate(scores):
+        rows = [i for i in range(len(table)) if present is None or present[i, t]]
+        if len(rows) > 1: losses += [info_nce_loop(table, scale, rows), info_nce_loop([*zip(*table)], scale, rows)]
+    return sum(losses) / len(losses)
