@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANGES', 'KEY', 'COLUMNS', 'draw_settings', 'as_config', 'PlannedRun', 'run_planned', 'Stage', 'Plan', 'planned',
            'read_record', 'recorded', 'lines_of', 'choose', 'runs_of', 'progress_table', 'run_part', 'write_choice',
-           'collect', 'seed_interval', 'summary', 'differences']
+           'collect', 'parts_to_do', 'seed_interval', 'summary', 'differences', 'percent_table', 'standing_text']
 
 # %% ../nbs/api/sweep.ipynb #adacc019
 import json
@@ -314,6 +314,25 @@ def collect(
     write_atomically(Path(record)/f"{stage}.parquet", table.to_parquet(index=False, compression="zstd"))
     return table
 
+# %% ../nbs/api/sweep.ipynb #63944880
+def parts_to_do(
+    plan:str|dict|Plan, # as in `Plan.load`
+    stage:str, # which part
+    out:str|Path="runs/sweep", # as in `run_part`
+    record:str|Path="nbs/results", # as in `run_part`
+) -> list[tuple[str, str]]: # data set and objective
+    "Parts of which a run is not recorded; their files in `out` are removed unless they hold all that is planned."
+    plan, out = Plan.load(plan), Path(out)
+    standing, tuning, todo = progress_table(plan, record), read_record(Path(record)/"tuning.parquet"), []
+    for part in standing[standing["stage"] == stage].itertuples():
+        if part.recorded == part.planned: continue
+        todo.append((part.data, part.objective))
+        file = out/stage/part.data/f"{part.objective}.parquet"
+        runs = runs_of(plan, stage, part.data, part.objective, tuning)
+        if runs is not None and not all(recorded(runs, read_record(file))): file.unlink(missing_ok=True)
+    if todo: (out/"collected"/stage).unlink(missing_ok=True)
+    return todo
+
 # %% ../nbs/api/sweep.ipynb #2351c76b
 def seed_interval(
     values:list, # for each seed the values of its rows
@@ -360,3 +379,25 @@ def differences(
         values = [np.asarray(a[s]) - np.asarray(b[s]) for s in sorted(a.keys() & b.keys())]
         if values: lines.append((data, p, other, len(values), *seed_interval(values)))
     return pd.DataFrame(lines, columns=["data", "p", "objective", "seeds", "value", "low", "high"])
+
+# %% ../nbs/api/sweep.ipynb #bf7b8bb3
+def percent_table(
+    table:pd.DataFrame, # as from `summary` or `differences`
+    index:tuple=("data", "p"), # what makes a line
+    columns:str="objective", # what makes a column
+) -> pd.DataFrame: # of text, such as `"63.1 [61.0, 65.2]"`
+    "Values in percent with their intervals, side by side in the order of the lines."
+    text = [f"{100*v:.1f} [{100*l:.1f}, {100*h:.1f}]" for v, l, h in zip(table["value"], table["low"], table["high"])]
+    wide = table.assign(text=text).pivot(index=list(index), columns=columns, values="text")
+    return wide.reindex(columns=list(dict.fromkeys(table[columns]))).fillna("").rename_axis(columns=None)
+
+# %% ../nbs/api/sweep.ipynb #a004ac8d
+def standing_text(
+    standing:pd.DataFrame, # as from `progress_table`
+) -> str: # Markdown
+    "One line a stage: how many of its runs are recorded, and which parts lack some."
+    lines = []
+    for stage, parts in standing.groupby("stage", sort=False):
+        lacking = [f"{r.objective} on {r.data} ({r.planned - r.recorded})" for r in parts.itertuples() if r.recorded < r.planned]
+        lines.append(f"- **{stage}**: {parts['recorded'].sum()} of {parts['planned'].sum()} runs recorded" + (f"; missing: {', '.join(lacking)}" if lacking else ""))
+    return "\n".join(lines)
