@@ -9,7 +9,7 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs preview notebooks clean
+.PHONY: help setup demo results bench test docs preview notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -33,6 +33,17 @@ demo: $(READY) ## train CLIP, Symile and Gated Symile on real data; results in r
 	  -p data mfeat -p out $(DEMO) -y 'objectives: [PairwiseCLIP, Symile, GatedSymile]' -y 'p: [0, 0.5, 1]'
 	@$(BIN)/python -m nbconvert --log-level ERROR --to html $(DEMO)/retrieval.ipynb
 	@$(BIN)/python tools/demo.py $(DEMO)
+
+# Stages of workflow/plan.yaml, and how many run at a time; make results STAGES="tuning report scale ablations robustness" runs the studies as well.
+STAGES ?= tuning report
+CORES ?= 2
+
+results: .venv/.sweep ## train what is not recorded in nbs/results yet (from nothing, less than 3 hours), and make its pages
+	@$(BIN)/python -m snakemake -s workflow/Snakefile --cores $(CORES) --rerun-triggers mtime --rerun-incomplete --quiet rules --config stages="$(STAGES)"
+
+.venv/.sweep: $(READY)
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[sweep]' -c constraints.txt
+	@touch $@
 
 bench: $(READY) ## measure speed and memory beside the peers; results in runs/bench (some 10 minutes, on an idle machine)
 	@mkdir -p runs/bench

@@ -22,7 +22,7 @@ setup(
     package_data={"gated_symile": ["data/mfeat.npz", "data/mfeat.md"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "sweep")},
     long_description=(here/"README.md").read_text(encoding="utf-8") if (here/"README.md").exists() else "",
     long_description_content_type="text/markdown",
 )

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'OBJECTIVES', 'OBJECTIVE_OPTIONS', 'corrupted_splits', 'option_names', 'check_options', 'Source',
-           'data_option_names', 'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'run_one',
-           'code_commit', 'code_versions', 'as_results', 'open_folder', 'save_runs', 'run_all', 'accuracy_table',
-           'reading']
+           'data_option_names', 'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'train_one',
+           'run_one', 'code_commit', 'code_versions', 'as_results', 'open_folder', 'save_runs', 'run_all',
+           'accuracy_table', 'reading']
 
 # %% ../nbs/api/experiment.ipynb #0d74b92c
 import inspect
@@ -15,6 +15,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -36,7 +37,9 @@ from .fragility import accuracy_by_corruption, gate_by_corruption
 from .gate import ModalityGate
 from .objectives.clip import PairwiseCLIP
 from .objectives.gated import GatedSymile
+from .objectives.gram import GRAM
 from .objectives.symile import Symile
+from .objectives.triangle import TRIANGLE
 from .plots import mean_over_seeds
 from .training import fit, MultimodalModel, rank_dataset, save_model, write_atomically
 
@@ -91,6 +94,9 @@ def _dataset_source(dataset, **usual):
 def _xnor_splits(names, p, generator, fractions=(0.8, 0.1, 0.1), **options):
     return synthetic_xnor(p=p, generator=generator, **options).select(names).split(tuple(fractions), generator)
 
+@cache
+def _mfeat_source(): return _dataset_source(mfeat(MFEAT_VIEWS), target="pix", queries=("fou", "zer"))
+
 def data_option_names(
     data:str|list, # as in `open_source`
 ) -> list[str]: # names
@@ -104,20 +110,28 @@ def open_source(
 ) -> Source: # ready to be split
     "The source of that name or path; `UnknownNameError` for what can be neither, and the errors of `load_tabular`."
     if data == "xnor": return Source(["A", "B", "C"], _xnor_splits, "A", bank_size=128)
-    if data == "mfeat": return _dataset_source(mfeat(MFEAT_VIEWS), target="pix", queries=("fou", "zer"))
+    if data == "mfeat": return _mfeat_source()
     if isinstance(data, str) and not Path(data).suffix and not Path(data).exists():
         check_name("data", data, ["mfeat", "xnor", "a path to an .npz file", "to a folder of tables"])
     return _dataset_source(load_tabular(data, id=id))
 
 # %% ../nbs/api/experiment.ipynb #fd1a1e7a
+def _maker(objective):
+    "A function of M, D and options that makes the objective; sizes go to those that take them."
+    sizes = {"n_modalities", "dim"} & set(inspect.signature(objective).parameters)
+    def make(n_modalities, dim, **options):
+        given = {"n_modalities": n_modalities, "dim": dim}
+        return objective(**{size: given[size] for size in sizes}, **options)
+    return make
+
 def _gated_symile(n_modalities, dim, log_scale=0., **gate): return GatedSymile(ModalityGate(n_modalities, dim, **gate), log_scale)
 
-OBJECTIVES = {"PairwiseCLIP": lambda n_modalities, dim, **options: PairwiseCLIP(**options),
-              "Symile": lambda n_modalities, dim, **options: Symile(**options), "GatedSymile": _gated_symile}
-OBJECTIVE_OPTIONS = {"PairwiseCLIP": option_names(PairwiseCLIP), "Symile": option_names(Symile), "GatedSymile": option_names(GatedSymile, ModalityGate)}
+_PLAIN = [PairwiseCLIP, GRAM, TRIANGLE, Symile] # objectives whose options are their own parameters
+OBJECTIVES = {c.__name__: _maker(c) for c in _PLAIN} | {"GatedSymile": _gated_symile}
+OBJECTIVE_OPTIONS = {c.__name__: option_names(c) for c in _PLAIN} | {"GatedSymile": option_names(GatedSymile, ModalityGate)}
 
 def make_objective(
-    name:str, # `"PairwiseCLIP"`, `"Symile"` or `"GatedSymile"`
+    name:str, # one of `OBJECTIVES`, such as `"Symile"`
     n_modalities:int, # M
     dim:int, # D, the width of the embeddings
     **options, # of the objective, or of its gate
@@ -147,6 +161,7 @@ class RetrievalConfig:
     seeds:list=field(default_factory=lambda: [0]) # of data, weights and training
     epochs:int=60 # at most
     learning_rate:float=1e-3 # of everything
+    learn_scale:bool=True # whether the contrastive scale is learned; else it stays at the objective's `log_scale`
     batch_size:int=128 # rows
     dim:int=128 # D, width of the embeddings
     device:str="cpu" # or `"cuda"`
@@ -186,10 +201,11 @@ _FIT_GIVEN = ("model", "train", "valid", "seed", "progress")
 def new_names(
     namespace:dict, # the notebook's `globals()` after its parameters
     before:set, # the names there were before them
+    known:Callable=RetrievalConfig, # what they are for
 ) -> dict: # the parameters
-    "Parameters a notebook was given; `UnknownNameError` for one that `RetrievalConfig` does not have."
+    "Parameters a notebook was given; `UnknownNameError` for one that `known` does not have."
     given = {name: value for name, value in namespace.items() if name not in before and not name.startswith("_") and name != "before"}
-    for name in given: check_name("parameter", name, [f.name for f in fields(RetrievalConfig)])
+    for name in given: check_name("parameter", name, list(inspect.signature(known).parameters))
     return given
 
 # %% ../nbs/api/experiment.ipynb #36c83557
@@ -201,32 +217,47 @@ class Run:
     seed:int # of data, weights and training
     model:MultimodalModel # with its best weights
     history:pd.DataFrame # of `fit`
+    test:pd.DataFrame # a line for each test row: `top1`, 1 if the true one was ranked first, and whether it is `corrupted`
     metrics:pd.DataFrame # of `accuracy_by_corruption`, on the test rows
     gate:pd.DataFrame|None # of `gate_by_corruption`, where there is a gate
 
     def label(self): return f"{self.objective}_p{self.p:g}_seed{self.seed}"
 
 # %% ../nbs/api/experiment.ipynb #a0dd640e
-def run_one(
+def train_one(
     config:RetrievalConfig, # all that is the same for every run
     objective:str, # class name
     p:float, # probability that a row has one query modality corrupted
     seed:int, # of data, weights and training; equal seeds give equal runs, and all objectives the same data
-) -> Run: # the trained model and how it did
-    "Train on the training rows, choose the epoch on the validation rows, rank the test rows."
+) -> tuple[MultimodalModel, pd.DataFrame, MultimodalDataset]: # the trained model, the history of `fit`, and test rows not yet looked at
+    "Train on the training rows, choose the epoch on the validation rows."
     options = {k: v for k, v in config.data_options.items() if k != "id"}
     train, valid, test = config.source.splits(config.names, p, generator(seed), **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoders = {n: MLP(train.modalities[n].shape[1], config.dim, **config.encoder_options) for n in config.names}
         model = MultimodalModel(encoders, make_objective(objective, len(config.names), config.dim, **config.objective_options.get(objective, {})))
+    model.objective.logit_scale.requires_grad_(config.learn_scale)
     training = {"bank_size": config.source.bank_size, **config.training_options}
     history = fit(model, train, valid, config.target, epochs=config.epochs, learning_rate=config.learning_rate, batch_size=config.batch_size,
                   device=config.device, seed=seed, progress=False, **training)
+    return model, history, test
+
+def run_one(
+    config:RetrievalConfig, # all that is the same for every run
+    objective:str, # class name
+    p:float, # probability that a row has one query modality corrupted
+    seed:int, # as in `train_one`
+) -> Run: # the trained model and how it did
+    "Train as `train_one` does, then rank the test rows."
+    model, history, test = train_one(config, objective, p, seed)
     ranks, rows = rank_dataset(model, test, config.target, config.source.bank_size)
+    by_row = pd.DataFrame({"top1": ranks.top(1).tolist(), "corrupted": test.corrupted[rows].any(1).tolist()})
     metrics = accuracy_by_corruption(ranks, test.corrupted[rows], config.names, generator=generator(seed))
-    gate = gate_by_corruption(model, test[rows], config.target, config.source.bank_size) if hasattr(model.objective, "gate") else None
-    return Run(objective, p, seed, model, history, metrics, gate)
+    gate = None
+    if hasattr(model.objective, "gate"):
+        gate = gate_by_corruption(model, test[rows], config.target, config.source.bank_size, generator=generator(seed))
+    return Run(objective, p, seed, model, history, by_row, metrics, gate)
 
 # %% ../nbs/api/experiment.ipynb #8aa9baff
 def code_commit() -> str: # a commit hash, with `-dirty` after it where files were changed, or `"unknown"`

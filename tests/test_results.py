@@ -1,0 +1,111 @@
+"What is recorded is what the plan says, and the pages show what is recorded."
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gated_symile.sweep import COLUMNS, KEY, lines_of, Plan, PlannedRun, read_record, run_planned, runs_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
+RECORDS = sorted(p for p in RESULTS.glob("*.parquet") if p.stem != "demo")
+PAGES = sorted(RESULTS.glob("*.ipynb"))
+
+
+def faults(record, plan, stage, tuning):
+    "What a record of a stage holds that it should not, as sentences."
+    if stage not in plan.stages: return [f"{stage} is no stage of the plan"]
+    runs = [run for pair in plan.stages[stage].pairs for run in runs_of(plan, stage, *pair, tuning) or []]
+    found, own = [], lines_of(runs, record)
+    strange = record.merge(own[KEY + ["parameters"]].drop_duplicates(), how="left", indicator=True).query("_merge == 'left_only'")
+    found += [f"not what the plan says: {key}" for key in strange[KEY].drop_duplicates().itertuples(index=False, name=None)]
+    if (record["stage"] != stage).any(): found.append("lines of another stage")
+    if record.duplicated([*KEY, "metric", "rows"]).any(): found.append("a value is recorded twice")
+    if stage != "tuning" and set(record["seed"]) & set(plan.stages["tuning"].seeds): found.append("seeds of the tuning are reported")
+    if stage == "tuning" and set(record["rows"]) - {"training"}: found.append("the tuning looked at test rows")
+    for r in record.itertuples():
+        if r.by_row is not None and not np.isclose(np.mean(r.by_row), r.value): found.append(f"{r.metric} of {r.rows} rows is not the mean of its rows: {r.value}")
+    if not record["commit"].str.fullmatch(r"[0-9a-f]{40}").all(): found.append("run from code that is not committed")
+    return found
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_a_record_holds_what_the_plan_says(path):
+    assert faults(read_record(path), Plan.load(PLAN), path.stem, read_record(RESULTS/"tuning.parquet")) == []
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    "A plan with one run, and its record."
+    stages = {"tuning": dict(objectives=["Symile"], data=["mfeat"], p=[0.5], seeds=[100], draws=1)}
+    stages["report"] = {**stages["tuning"], "draws": 0, "seeds": [0]}
+    plan = Plan.load(dict(space={"learning_rate": {"choice": [1e-3]}}, base={"epochs": 1, "dim": 8}, stages=stages))
+    tuning = run_planned(runs_of(plan, "tuning", "mfeat", "Symile", pd.DataFrame(columns=COLUMNS))[0]).assign(commit="0"*40)
+    report = run_planned(runs_of(plan, "report", "mfeat", "Symile", tuning)[0]).assign(commit="0"*40)
+    return plan, tuning, report.astype({"by_row": object}).where(report["by_row"].notna(), report.assign(by_row=None))
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda r: r, None),
+    (lambda r: r.assign(parameters=r["parameters"].str.replace('"epochs": 1', '"epochs": 2')), "not what the plan says"),
+    (lambda r: r.assign(parameters=r["parameters"].str.replace('"epochs"', '"epoch"')), "not what the plan says"),
+    (lambda r: r.assign(seed=100), "seeds of the tuning are reported"),
+    (lambda r: r.assign(value=r["value"] + 0.01), "not the mean of its rows"),
+    (lambda r: pd.concat([r, r]), "recorded twice"),
+    (lambda r: r.assign(commit=r["commit"] + "-dirty"), "not committed")])
+def test_a_wrong_record_is_noticed(tiny, change, problem):
+    plan, tuning, report = tiny
+    found = faults(change(report).reset_index(drop=True), plan, "report", tuning)
+    assert (found == []) if problem is None else any(problem in f for f in found), found
+
+
+def test_test_rows_in_the_tuning_are_noticed(tiny):
+    plan, tuning, report = tiny
+    assert faults(tuning, plan, "tuning", tuning) == []
+    assert "the tuning looked at test rows" in faults(tuning.assign(rows="all"), plan, "tuning", tuning)
+
+
+def words(output):
+    "What an output says in words and numbers; figures and their sizes are not compared."
+    text = output.get("text") or output.get("data", {}).get("text/markdown") or output.get("data", {}).get("text/plain", "")
+    return "" if "image/png" in output.get("data", {}) else re.sub(r" at 0x\w+", "", "".join(text)).strip()
+
+def shown(cells): return [[w for o in c["outputs"] if (w := words(o))] for c in cells if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_a_page_shows_what_is_recorded(path):
+    "Run again, a page says what it says as committed."
+    import nbformat
+    from nbclient import NotebookClient
+    saved, again = (nbformat.read(path, as_version=4) for _ in range(2))
+    NotebookClient(again, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": path.parent}}).execute()
+    assert shown(saved.cells) == shown(again.cells), f"run make notebooks NB={path.relative_to(ROOT)}"
+
+
+def test_every_study_of_the_plan_can_be_planned():
+    "All parameters of all stages are known and in range, with whatever the tuning may choose."
+    plan = Plan.load(PLAN)
+    from gated_symile.sweep import draw_settings, planned
+    for stage, part in plan.stages.items():
+        for data, objective in part.pairs:
+            chosen = draw_settings(plan.space | plan.own_space.get(objective, {}), objective, 0)
+            assert all(json.loads(run.parameters()) for run in planned(plan, stage, data, objective, chosen))
+
+
+def snakemake(out, *options):
+    pytest.importorskip("snakemake")
+    done = subprocess.run([sys.executable, "-m", "snakemake", "-s", str(ROOT/"workflow"/"Snakefile"), "--cores", "1", "--rerun-triggers", "mtime", *options,
+                           "--config", "plan=workflow/small.yaml", f"out={out}", f"record={out}/record"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_snakemake_plans_every_part(tmp_path):
+    counts = dict(re.findall(r"^(tune|choose|report|collect)\s+(\d+)", snakemake(tmp_path, "-n"), re.M))
+    assert counts == {"tune": "2", "choose": "2", "report": "2", "collect": "2"}
