@@ -34,7 +34,8 @@ def subset_products(
 ) -> Tensor: # `(len(subsets), B, D)`
     "Elementwise products of the modalities of each subset, times `D**(|S|/2)`."
     products = {}
-    for s in subsets: products[s] = embeddings[s[0]] * embeddings[s[0]].shape[1]**0.5 if len(s) == 1 else products[s[:-1]] * products[s[-1:]]
+    for s in subsets:
+        products[s] = products[s[:-1]] * products[s[-1:]] if len(s) > 1 else embeddings[s[0]] * embeddings[s[0]].shape[1]**0.5
     return torch.stack(list(products.values()))
 
 # %% ../../nbs/api/objectives/subset.ipynb #fe517c1d
@@ -81,6 +82,7 @@ def score(self:SubsetSymile,
     embeddings = check_score_input(embeddings, target, present)
     with full_precision(embeddings[0]): return self._score(embeddings, target, present)
 
+# %% ../../nbs/api/objectives/subset.ipynb #a889a360
 @patch
 def forward(self:SubsetSymile,
     embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together; unit rows
