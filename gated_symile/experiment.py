@@ -38,6 +38,7 @@ from .gate import ModalityGate
 from .objectives.clip import PairwiseCLIP
 from .objectives.gated import GatedSymile
 from .objectives.gram import GRAM
+from .objectives.subset import SubsetSymile
 from .objectives.symile import Symile
 from .objectives.triangle import TRIANGLE
 from .plots import mean_over_seeds
@@ -126,7 +127,7 @@ def _maker(objective):
 
 def _gated_symile(n_modalities, dim, log_scale=0., **gate): return GatedSymile(ModalityGate(n_modalities, dim, **gate), log_scale)
 
-_PLAIN = [PairwiseCLIP, GRAM, TRIANGLE, Symile] # objectives whose options are their own parameters
+_PLAIN = [PairwiseCLIP, GRAM, TRIANGLE, Symile, SubsetSymile] # objectives whose options are their own parameters
 OBJECTIVES = {c.__name__: _maker(c) for c in _PLAIN} | {"GatedSymile": _gated_symile}
 OBJECTIVE_OPTIONS = {c.__name__: option_names(c) for c in _PLAIN} | {"GatedSymile": option_names(GatedSymile, ModalityGate)}
 
@@ -168,7 +169,7 @@ class RetrievalConfig:
     out:str="runs/retrieval" # folder of the results
     data_options:dict=field(default_factory=dict) # of the data: `corruption`, `fractions`, `id`, or of `synthetic_xnor`
     objective_options:dict=field(default_factory=dict) # name of an objective -> its options
-    encoder_options:dict=field(default_factory=lambda: {"input_dropout": 0.2}) # of `MLP`
+    encoder_options:dict=field(default_factory=lambda: {"input_dropout": 0.3}) # of `MLP`
     training_options:dict=field(default_factory=dict) # of `fit`
 
     def __post_init__(self):
@@ -255,7 +256,7 @@ def run_one(
     by_row = pd.DataFrame({"top1": ranks.top(1).tolist(), "corrupted": test.corrupted[rows].any(1).tolist()})
     metrics = accuracy_by_corruption(ranks, test.corrupted[rows], config.names, generator=generator(seed))
     gate = None
-    if hasattr(model.objective, "gate"):
+    if hasattr(model.objective, "gate") or hasattr(model.objective, "weights"):
         gate = gate_by_corruption(model, test[rows], config.target, config.source.bank_size, generator=generator(seed))
     return Run(objective, p, seed, model, history, by_row, metrics, gate)
 
