@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core mip contrastive neutral gate
     objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset objectives.comm
     data.dataset data.corruption data.xnor data.xor data.mfeat data.tabular data.mimic data.trifeature
-    encoders retrieval fragility audit training distributed plots experiment""".split()
+    encoders retrieval fragility audit training distributed plots experiment sweep""".split()
 GENERATED = "__init__", "_modidx"
 
 
