@@ -38,8 +38,9 @@ demo: $(READY) ## train five objectives on real data; results in runs/demo (some
 STAGES ?= tuning report
 CORES ?= 2
 
+# Without a lock, which a hard kill would leave behind: every file is written whole, so a sweep goes on as it is.
 results: .venv/.sweep ## train what is not recorded in nbs/results yet (from nothing, less than 3 hours), and make its pages
-	@$(BIN)/python -m snakemake -s workflow/Snakefile --cores $(CORES) --rerun-triggers mtime --rerun-incomplete --quiet rules --config stages="$(STAGES)"
+	@$(BIN)/python -m snakemake -s workflow/Snakefile --cores $(CORES) --rerun-triggers mtime --rerun-incomplete --nolock --quiet rules --config stages="$(STAGES)"
 
 .venv/.sweep: $(READY)
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[sweep]' -c constraints.txt

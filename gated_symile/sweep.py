@@ -110,7 +110,8 @@ def run_planned(
     else: done = run_one(*args); history, tables = done.history, [_of_test(done)]
     table = pd.concat([_of_training(history, time.perf_counter() - start), *tables], ignore_index=True)
     about = {"stage": run.stage, **dict(zip(KEY, run.key)), "parameters": run.parameters(), "versions": json.dumps(code_versions()), "commit": code_commit()}
-    return table.assign(**about).reindex(columns=COLUMNS).astype({"p": float, "n": "Int64"})
+    table = table.assign(**about).reindex(columns=COLUMNS).astype({"p": float, "n": "Int64", "by_row": object})
+    return table.assign(by_row=table["by_row"].where(table["by_row"].notna(), None))
 
 # %% ../nbs/api/sweep.ipynb #a80009f7
 def _known(cls, what, given):
