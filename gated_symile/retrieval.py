@@ -19,7 +19,6 @@ import torch
 from fastcore.basics import patch
 from numpy.lib import format as npy
 from torch import nn, Tensor
-from torch.nn import functional as F
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
 from .core import (check_finite, check_name, check_range, check_score_shapes, fill_missing, upcast, whole_file,
@@ -61,19 +60,21 @@ def _maxima(scores):
 
 def _table(score, embeddings, target, present, rows, columns):
     "Scores of a block `(b, n)` and their maxima; `ShapeError` for another shape, `NonFiniteError` for NaN, whether in the bank or in the score."
-    blame = lambda: check_finite(embeddings[target][:columns.stop - columns.start], f"embeddings[{target}], rows {columns.start} to {columns.stop - 1},", columns.start)
-    shape = len(embeddings[0 if target else 1]), len(embeddings[target])
+    shape, candidates = (len(embeddings[0 if target else 1]), len(embeddings[target])), embeddings[target][:columns.stop - columns.start]
+    where = f"{columns.start} to {columns.stop - 1}"
+    blame = lambda: check_finite(candidates, f"embeddings[{target}], rows {where},", columns.start)
     try: scores = score(embeddings, target, present)
     except NonFiniteError: blame(); raise
     if scores.shape != shape: raise ShapeError(f"score must return (B, N), here {shape}, got {tuple(scores.shape)}")
-    scores = scores[:rows.stop - rows.start, :columns.stop - columns.start]
+    scores = scores[:rows.stop - rows.start, :len(candidates)]
     maxima = _maxima(scores)
     if maxima.amax() < math.inf: return scores, maxima
     blame()
     bad = (maxima.isnan().any(1).nonzero().flatten() + rows.start).tolist()
-    if bad: raise NonFiniteError(f"score is NaN for {len(bad)} queries, the first: {bad[:5]}, among candidates {columns.start} to {columns.stop - 1}")
+    if bad: raise NonFiniteError(f"score is NaN for {len(bad)} queries, the first: {bad[:5]}, among candidates {where}")
     return scores, maxima
 
+# %% ../nbs/api/retrieval.ipynb #dc650999
 def _scored(score, embeddings, target, present, memory, progress, k=1, own=None):
     "Slices of queries and candidates with their scores and maxima, block after block; if `own` is given, only where one of these candidates is."
     bank, M, like = embeddings[target], len(embeddings), embeddings[0 if target else 1]
@@ -133,7 +134,7 @@ def top_k(
     target:int, # index of the target modality
     k:int=10, # how many candidates to return, `1 <= k <= N`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
-    memory:float=64, # MiB that the search may take beyond the embeddings and the result
+    memory:float=64, # about how many MiB the search may take beyond the embeddings and the result
     progress:bool=True, # whether a search of more than two seconds shows a progress bar
 ) -> tuple[Tensor, Tensor]: # scores `(B, k)` in descending order, and indices of the candidates `(B, k)`; where the queries are
     "The k best candidates of each query; `RangeError` for k, `NonFiniteError` for NaN, and the other errors of `check_score_input`."
@@ -195,6 +196,7 @@ def _check_truth(truth, present, target, B, N):
         raise RangeError(f"truth must hold indices in [0, {N-1}], got {truth.min().item()} to {truth.max().item()}")
     return truth
 
+# %% ../nbs/api/retrieval.ipynb #5ad44a9f
 def _places(truth, columns):
     "Which of the true candidates are in a block, and their columns there."
     rows = ((truth >= columns.start) & (truth < columns.stop)).nonzero().flatten()
@@ -210,7 +212,7 @@ def _count(above, tied, own, truth, columns, scores, maxima):
     above[rows] -= (scores[rows, places] > own[rows]).long()
     tied[rows] -= (scores[rows, places] == own[rows]).long()
 
-# %% ../nbs/api/retrieval.ipynb #5ad44a9f
+# %% ../nbs/api/retrieval.ipynb #8359c824
 @torch.no_grad()
 def rank_true(
     score:Callable, # `(embeddings, target, present) -> (B, N)`, larger is better, such as `objective.score`
@@ -218,7 +220,7 @@ def rank_true(
     target:int, # index of the target modality
     truth:Tensor|None=None, # indices `(B,)` of the true candidates; `None`: candidate i belongs to query i
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
-    memory:float=64, # MiB that the search may take beyond the embeddings
+    memory:float=64, # about how many MiB the search may take beyond the embeddings
     progress:bool=True, # whether a search of more than two seconds shows a progress bar
 ) -> Ranks: # on the CPU
     "Where the true candidate of each query stands; errors of `top_k`, `RangeError` for a truth out of range, `MissingError` for a missing one."
@@ -250,7 +252,7 @@ def rank_in_banks(
     target:int, # index of the target modality
     bank_size:int|None=None, # each row is searched among at least so many, `1 <= bank_size <= B`; `None`: among all
     present:Tensor|None=None, # bool `(B, M)`: which modalities exist; the target must; `None`: all
-    memory:float=64, # MiB that the search may take beyond the embeddings
+    memory:float=64, # about how many MiB the search may take beyond the embeddings
 ) -> Ranks: # of all B rows, in their order
     "Ranks of aligned rows, each within its own bank. Errors: those of `rank_true` and `bank_slices`."
     lengths = [len(e) for e in embeddings]
@@ -335,7 +337,7 @@ def _encoded(model, dataset, name, block_size, progress=False):
     return whole
 
 # %% ../nbs/api/retrieval.ipynb #c57461e3
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bank:
     "Candidates as a model has encoded them; `DtypeError` or `ShapeError` where they can't be searched."
     embeddings:Tensor # `(N, D)`, of type float16, bfloat16, float32 or float64; may be a file (`load_bank`)
@@ -349,7 +351,9 @@ class Bank:
         if self.ids is not None and len(self.ids) != len(e): raise ShapeError(f"ids must name each of the {len(e)} candidates, got {len(self.ids)}")
 
     def __len__(self): return len(self.embeddings)
+    def __repr__(self): return f"Bank({len(self)} candidates, {self.embeddings.shape[1]} numbers each, {self.embeddings.dtype})"
 
+# %% ../nbs/api/retrieval.ipynb #a8de4924
 def encode_bank(
     model:nn.Module, # with `encode_modality(name, x, present) -> (rows, D)`
     candidates:MultimodalDataset|Tensor, # raw rows: `(N, features)`, or a dataset that holds the target
@@ -364,11 +368,12 @@ def encode_bank(
     if len(rows) < len(dataset): dataset, ids = dataset[rows], [i if ids is None else ids[i] for i in rows]
     with evaluating(model): return Bank(_encoded(model, dataset, target, block_size, progress), ids)
 
-# %% ../nbs/api/retrieval.ipynb #a8de4924
-def _ask(model, queries, t, width, block_size):
-    "Embeddings of the queries, nothing in slot `t` and in those of modalities that aren't given; and what is present, `(B, M)`."
-    encoded = {name: _encoded(model, queries, name, block_size) for name in queries.names if name != model.names[t]}
-    absent = next(iter(encoded.values()), torch.zeros(1)).new_zeros(len(queries), width)
+# %% ../nbs/api/retrieval.ipynb #3790f3d8
+def _ask(model, queries, target, block_size):
+    "Embeddings of the queries, zeros for the target and for what isn't given; and what is present, `(B, M)`."
+    encoded = {name: _encoded(model, queries, name, block_size) for name in queries.names if name != target}
+    if not encoded: raise MissingError(f"queries: there is nothing but the target, {target!r}")
+    absent = torch.zeros_like(next(iter(encoded.values())))
     there = [queries.is_present(name) if name in queries.names else torch.zeros(len(queries), dtype=torch.bool) for name in model.names]
     return [encoded.get(name, absent) for name in model.names], torch.stack([x.to(absent.device) for x in there], 1)
 
@@ -379,16 +384,16 @@ def retrieve(
     target:str, # name of the target modality
     k:int=10, # how many candidates to return for each query, `1 <= k <= N`
     block_size:int=1024, # how many rows are encoded at a time
-    memory:float=64, # MiB that the search may take beyond embeddings and result
+    memory:float=64, # about how many MiB the search may take beyond the embeddings and the result
     progress:bool=True, # whether progress bars are shown for what takes more than two seconds
 ) -> pd.DataFrame: # B x k rows: `query` (id or row), `rank` from 1, `candidate` (id or row of the bank), `score`
-    "The k best candidates of each query; `UnknownNameError` for a modality, `MissingError` where there is nothing to ask or find, and errors of `top_k`."
+    "The k best candidates of each query; `UnknownNameError`, `MissingError` where there is nothing to ask or find, and errors of `top_k`."
     t = model.names.index(check_name("target", target, model.names))
     if isinstance(queries, dict): queries = MultimodalDataset(queries)
     for name in queries.names: check_name("queries", name, model.names)
-    if not isinstance(bank, Bank): bank = encode_bank(model, bank, target, block_size, progress)
     with evaluating(model):
-        embeddings, present = _ask(model, queries, t, bank.embeddings.shape[1], block_size)
+        embeddings, present = _ask(model, queries, target, block_size)
+        if not isinstance(bank, Bank): bank = encode_bank(model, bank, target, block_size, progress)
         embeddings[t] = bank.embeddings
         scores, found = top_k(model.objective.score, embeddings, t, k, present, memory, progress)
     asked, ids = queries.ids or range(len(queries)), bank.ids or range(len(bank))
@@ -396,8 +401,6 @@ def retrieve(
                          for rank, (j, s) in enumerate(zip(js, ss), 1)], columns=["query", "rank", "candidate", "score"])
 
 # %% ../nbs/api/retrieval.ipynb #7220d529
-FILED = {"float16": torch.float16, "float32": torch.float32}
-
 def load_bank(
     path:str|Path, # a `.npy` file, such as `save_bank` writes: a matrix `(N, D)`, row by row, of type float16, float32 or float64
     ids:list|None=None, # what to call the candidates; `None`: their row numbers
@@ -411,7 +414,8 @@ def load_bank(
     if not rows.flags.c_contiguous: raise DataError(f"path: {path} lies there column by column; save np.ascontiguousarray(x) instead of x")
     return Bank(torch.from_numpy(rows), ids)
 
-def _header(precision, *shape): return dict(descr=npy.dtype_to_descr(np.dtype(precision)), fortran_order=False, shape=shape)
+# %% ../nbs/api/retrieval.ipynb #e3a65ab0
+FILED = {"float16": torch.float16, "float32": torch.float32}
 
 def save_bank(
     model:nn.Module, # with `encode_modality(name, x, present) -> (rows, D)`
@@ -428,7 +432,8 @@ def save_bank(
         raise MissingError(f"candidates: {target!r} is missing in {len(absent)} rows, the first: {absent[:5]}; leave them out")
     with evaluating(model), whole_file(path) as file:
         for start, block in _encoded_blocks(model, dataset, target, block_size, progress):
-            if start == 0: npy.write_array_header_1_0(file, _header(precision, len(dataset), block.shape[1]))
-            check_finite(block := block.to("cpu", dtype), f"{target!r} in {precision}", start)
-            file.write(block.contiguous().numpy())
+            check_finite(block := block.to("cpu", dtype).contiguous(), f"{target!r} in {precision}", start)
+            about = npy.header_data_from_array_1_0(block.numpy())
+            if start == 0: npy.write_array_header_1_0(file, {**about, "shape": (len(dataset), block.shape[1])})
+            file.write(block.numpy())
     return load_bank(path, dataset.ids)

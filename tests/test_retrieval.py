@@ -453,7 +453,8 @@ def largest_file(size):
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(filed):
     model, data, path = filed
-    with largest_file(3000), pytest.raises(OutputError, match="A.npy can't be written: File too large"): save_bank(model, data, "A", path, block_size=30)
+    with largest_file(3000), pytest.raises(OutputError, match="A.npy can't be written: File too large"):
+        save_bank(model, data, "A", path, block_size=30)
     assert os.listdir(path.parent) == []
     with pytest.raises(OutputError, match="can't be written"): save_bank(model, data, "A", "/dev/null/A.npy")
 
@@ -466,10 +467,11 @@ def test_what_a_bank_cannot_be(filed):
         with pytest.raises(ShapeError, match="share one width D"): retrieve(model, queries, wrong, "A", k=1)
     with pytest.raises(RangeError, match=r"k must lie in \[1, 100\], got 101"): retrieve(model, queries, load_bank(path), "A", k=101)
     with pytest.raises(ShapeError, match="no rows"): top_k(model.score, [torch.empty(0, DIM), *[torch.randn(3, DIM)]*2], 0, 1)
-    missing = MultimodalDataset({"A": torch.cat([data.modalities["A"], torch.full((1, 16), math.nan)])})
-    with pytest.raises(MissingError, match=r"'A' is missing in 1 rows, the first: \[100\]; leave them out"): save_bank(model, missing, "A", path)
+    missing = MultimodalDataset({"A": torch.cat([torch.full((1, 16), math.nan), data.modalities["A"]])})
+    with pytest.raises(MissingError, match=r"'A' is missing in 1 rows, the first: \[0\]; leave them out"): save_bank(model, missing, "A", path)
     table = retrieve(model, queries, encode_bank(model, missing, "A"), "A", k=100)
-    assert set(table.candidate) == set(range(100))
+    assert set(table.candidate) == set(range(1, 101))                            # by their own row numbers
+    with pytest.raises(MissingError, match="nothing but the target, 'A'"): retrieve(model, data.select("A"), data, "A", k=1)
     model.encode_modality = lambda name, x, present: x * 1e5                     # too large for half precision
     with pytest.raises(NonFiniteError, match="'A' in float16 has .* the first: "): save_bank(model, data, "A", path, "float16")
 
