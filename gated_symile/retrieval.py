@@ -26,10 +26,10 @@ from .core import (check_finite, check_name, check_range, check_score_shapes, fi
 from .data.dataset import MultimodalDataset
 
 # %% ../nbs/api/retrieval.ipynb #686632e6
-def _block_length(n, most, step, least=1):
-    "Length of near-equal blocks that cover `n` rows, a multiple of `step`; no more than `most` unless that is less than `step` or `least`."
-    ceil, size = lambda a, b: -(-a // b), step * max(1, int(min(most, n + step) // step))
-    return step * ceil(ceil(n, min(ceil(n, size), n // least)), step)
+def _block_length(n, most, least=1):
+    "Length of near-equal blocks that cover `n` rows, a multiple of 16; no more than `most` unless that is less than 16 or `least`."
+    ceil, size = lambda a, b: -(-a // b), 16 * max(1, int(min(most, n + 16) // 16))
+    return 16 * ceil(ceil(n, min(ceil(n, size), n // least)), 16)
 
 def _slices(n, length):
     "Slices of that length that cover `n` rows; the last may be shorter."
@@ -42,12 +42,12 @@ def _take(x, rows, length):
 
 # %% ../nbs/api/retrieval.ipynb #9a78fcc1
 def _block_shape(memory, B, N, M, dim, itemsize=4, k=1):
-    "Rows and columns of the tables of scores that `memory` MiB allow; at least 16 and 32, and k columns."
+    "Rows and columns of the tables of scores that `memory` MiB allow; at least 16, and k columns."
     numbers, tables, row = memory * 2**20 / itemsize, 2**(M-1) + 3*M, 8*dim        # a block takes tables*b*n + row*(M*b + n) numbers
     half = row * (M + 1) / 2
     square = (math.sqrt(half**2 + tables*numbers) - half) / tables
-    b = _block_length(B, square, 16)
-    return b, _block_length(N, (numbers - row*M*b) / (tables*b + row), 32, k)
+    b = _block_length(B, square)
+    return b, _block_length(N, (numbers - row*M*b) / (tables*b + row), k)
 
 # %% ../nbs/api/retrieval.ipynb #88d4a9b0
 GROUP = 32

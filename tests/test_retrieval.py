@@ -27,7 +27,7 @@ from gated_symile.retrieval import (Bank, bootstrap_interval, encode_bank, evalu
 from gated_symile.training import MultimodalModel
 
 seeds = st.integers(0, 10**6)
-budgets = st.sampled_from([0, 0.03, 0.06, 0.2, 64])                              # MiB: from 16 x 32 scores at a time to all of them
+budgets = st.sampled_from([0, 0.03, 0.06, 0.2, 64])                              # MiB: from 16 x 16 scores at a time to all of them
 
 
 def score(embeddings, target, present=None):
@@ -496,7 +496,7 @@ def test_a_search_stays_within_its_memory(objective, search):
 
 
 def test_only_long_searches_show_a_bar(capsys):
-    bank, queries = torch.randn(320, 4, generator=generator(0)), torch.randn(3, 4, generator=generator(1))
+    bank, queries = torch.randn(160, 4, generator=generator(0)), torch.randn(3, 4, generator=generator(1))
     top_k(score, [bank, queries], 0, memory=0)
     assert capsys.readouterr().err == ""
     def slow(e, t, p): time.sleep(0.3); return score(e, t, p)
