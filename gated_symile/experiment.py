@@ -220,6 +220,7 @@ class Run:
     history:pd.DataFrame # of `fit`
     test:pd.DataFrame # a line for each test row: `top1`, 1 if the true one was ranked first, and whether it is `corrupted`
     metrics:pd.DataFrame # of `accuracy_by_corruption`, on the test rows
+    rows:MultimodalDataset # the test rows that were ranked: for an `audit`, say
     gate:pd.DataFrame|None # of `gate_by_corruption`, where there is a gate
 
     def label(self): return f"{self.objective}_p{self.p:g}_seed{self.seed}"
@@ -253,12 +254,13 @@ def run_one(
     "Train as `train_one` does, then rank the test rows."
     model, history, test = train_one(config, objective, p, seed)
     ranks, rows = rank_dataset(model, test, config.target, config.source.bank_size)
-    by_row = pd.DataFrame({"top1": ranks.top(1).tolist(), "corrupted": test.corrupted[rows].any(1).tolist()})
-    metrics = accuracy_by_corruption(ranks, test.corrupted[rows], config.names, generator=generator(seed))
+    test = test[rows]
+    by_row = pd.DataFrame({"top1": ranks.top(1).tolist(), "corrupted": test.corrupted.any(1).tolist()})
+    metrics = accuracy_by_corruption(ranks, test.corrupted, config.names, generator=generator(seed))
     gate = None
     if hasattr(model.objective, "gate") or hasattr(model.objective, "weights"):
-        gate = gate_by_corruption(model, test[rows], config.target, config.source.bank_size, generator=generator(seed))
-    return Run(objective, p, seed, model, history, by_row, metrics, gate)
+        gate = gate_by_corruption(model, test, config.target, config.source.bank_size, generator=generator(seed))
+    return Run(objective, p, seed, model, history, by_row, metrics, test, gate)
 
 # %% ../nbs/api/experiment.ipynb #8aa9baff
 def code_commit() -> str: # a commit hash, with `-dirty` after it where files were changed, or `"unknown"`

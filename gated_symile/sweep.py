@@ -20,8 +20,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .core import check_name, check_range, DataError, DtypeError, MissingError, UnknownNameError
+from .audit import detection
+from .core import check_name, check_range, generator, DataError, DtypeError, MissingError, UnknownNameError
 from .experiment import code_commit, code_versions, OBJECTIVES, RetrievalConfig, run_one, train_one
+from .fragility import moved_by_corruption
 from .training import write_atomically
 
 # %% ../nbs/api/sweep.ipynb #85c2f16d
@@ -93,13 +95,24 @@ def _of_training(history, seconds):
     return pd.DataFrame([dict(metric=name, rows="training", value=float(value)) for name, value in values.items()])
 
 def _of_test(run):
-    "Metrics on the test rows; each row's `top1` for all, clean and corrupted rows; and the gate's weights."
-    tables = [run.metrics]
-    if run.gate is not None: tables.append(run.gate.assign(metric="weight of " + run.gate["modality"]).drop(columns="modality"))
-    table = pd.concat(tables, ignore_index=True)
+    "Metrics on the test rows, and each row's `top1` for all, clean and corrupted rows."
     groups = {"all": run.test.index, "clean": run.test.index[~run.test["corrupted"]], "corrupted": run.test.index[run.test["corrupted"]]}
-    here = [groups.get(rows) if metric == "top1" else None for metric, rows in zip(table["metric"], table["rows"])]
-    return table.assign(by_row=[None if i is None else run.test["top1"][i].astype("float32").tolist() for i in here])
+    here = [groups.get(rows) if metric == "top1" else None for metric, rows in zip(run.metrics["metric"], run.metrics["rows"])]
+    return run.metrics.assign(by_row=[None if i is None else run.test["top1"][i].astype("float32").tolist() for i in here])
+
+def _of_gate(run, config):
+    "What is trusted, by what was corrupted; how far a gate moved the embeddings; how well low trust names what is corrupted."
+    if run.gate is None: return []
+    args, draws = (run.model, run.rows, config.target, config.source.bank_size), {"generator": generator(run.seed)}
+    tables = [run.gate.assign(metric="weight of " + run.gate["modality"])]
+    if hasattr(run.model.objective, "gate"):
+        moved = moved_by_corruption(*args, **draws)
+        tables.append(moved.assign(metric="cosine of " + moved["modality"] + " to its " + moved["end"]))
+    hit = run.rows.corrupted[:, [run.rows.names.index(name) for name in config.queries]]
+    if (hit.any(0) & ~hit.all(0)).any():
+        found = detection(*args, **draws)
+        tables.append(found.assign(metric="AUROC of " + found["modality"], rows="all", n=found["corrupted"] + found["others"], value=found["auroc"]))
+    return [table[["metric", "rows", "n", "value", "low", "high"]] for table in tables]
 
 def run_planned(
     run:PlannedRun, # what to run
@@ -107,7 +120,7 @@ def run_planned(
     "Run it; test rows are ranked unless the stage is `tuning`."
     start, args = time.perf_counter(), (run.config, run.objective, run.p, run.seed)
     if run.stage == "tuning": history, tables = train_one(*args)[1], []
-    else: done = run_one(*args); history, tables = done.history, [_of_test(done)]
+    else: done = run_one(*args); history, tables = done.history, [_of_test(done), *_of_gate(done, run.config)]
     table = pd.concat([_of_training(history, time.perf_counter() - start), *tables], ignore_index=True)
     about = {"stage": run.stage, **dict(zip(KEY, run.key)), "parameters": run.parameters(), "versions": json.dumps(code_versions()), "commit": code_commit()}
     table = table.assign(**about).reindex(columns=COLUMNS).astype({"p": float, "n": "Int64", "by_row": object})
@@ -131,6 +144,7 @@ class Stage:
     variants:dict=field(default_factory=lambda: {"chosen": {}}) # name -> settings
     grid:dict=field(default_factory=dict) # setting -> values: every combination is a variant
     settings:dict=field(default_factory=dict) # data -> settings in this stage
+    tuned:bool=True # whether its runs start from the plan's `base`, `data` and what was chosen; else from the library's defaults
 
     def __post_init__(self):
         for name in self.objectives: check_name("objectives", name, OBJECTIVES)
@@ -153,6 +167,8 @@ class Plan:
     own_space:dict=field(default_factory=dict) # objective -> setting -> range, beside those of all
     base:dict=field(default_factory=dict) # settings of every run
     data:dict=field(default_factory=dict) # data -> settings
+
+    def needs_choice(self, stage): return stage != "tuning" and self.stages[stage].tuned
 
     def __post_init__(self):
         stages = {name: s if isinstance(s, Stage) else _known(Stage, f"stages.{name}", s) for name, s in self.stages.items()}
@@ -178,12 +194,12 @@ def planned(
     stage:str, # which part
     data:str, # on what
     objective:str, # class name
-    chosen:dict|None=None, # settings the tuning chose, as from `choose`; not needed for the tuning itself
+    chosen:dict|None=None, # settings the tuning chose, as from `choose`; for a stage that needs them
 ) -> list[PlannedRun]: # in the order in which they are run
     "The runs of one stage, data set and objective; `UnknownNameError`, or `MissingError` where nothing was chosen yet."
     part = plan.stages[check_name("stage", stage, plan.stages)]
-    if stage != "tuning" and chosen is None: raise MissingError(f"stage {stage}: nothing is chosen yet for {objective} on {data}")
-    common = plan.base | plan.data.get(data, {}) | part.settings.get(data, {}) | (chosen or {})
+    if plan.needs_choice(stage) and chosen is None: raise MissingError(f"stage {stage}: nothing is chosen yet for {objective} on {data}")
+    common = (plan.base | plan.data.get(data, {}) if part.tuned else {}) | part.settings.get(data, {}) | (chosen if plan.needs_choice(stage) else {})
     space = plan.space | plan.own_space.get(objective, {})
     variants = {f"{i:02}": draw_settings(space, objective, i) for i in range(part.draws)} or part.all_variants()
     return [PlannedRun(stage, data, objective, name, float(p), seed, common | settings)
@@ -243,7 +259,7 @@ def runs_of(
     tuning:pd.DataFrame, # the record of the tuning
 ) -> list[PlannedRun]|None: # `None` while the tuning is not complete
     "The runs of a stage after the tuning as far as it is recorded."
-    try: return planned(plan, stage, data, objective, None if stage == "tuning" else choose(plan, tuning, data, objective)["settings"])
+    try: return planned(plan, stage, data, objective, choose(plan, tuning, data, objective)["settings"] if plan.needs_choice(stage) else None)
     except MissingError: return None
 
 def progress_table(
@@ -272,8 +288,8 @@ def run_part(
 ) -> pd.DataFrame: # the lines of all its runs; also in `<out>/<stage>/<data>/<objective>.parquet`
     "Run what is not recorded. Stages after the tuning take the choice from `<out>/chosen/<data>/<objective>.json`; `MissingError` if there is none."
     plan, chosen, place = Plan.load(plan), Path(out)/"chosen"/data/f"{objective}.json", Path(out)/stage/data/objective
-    if stage != "tuning" and not chosen.is_file(): raise MissingError(f"stage {stage}: no {chosen}; choose first")
-    runs = planned(plan, stage, data, objective, None if stage == "tuning" else json.loads(chosen.read_text(encoding="utf-8"))["settings"])
+    if (needed := plan.needs_choice(stage)) and not chosen.is_file(): raise MissingError(f"stage {stage}: no {chosen}; choose first")
+    runs = planned(plan, stage, data, objective, json.loads(chosen.read_text(encoding="utf-8"))["settings"] if needed else None)
     known, tables = read_record(Path(record)/f"{stage}.parquet"), []
     for run in tqdm(runs, disable=not progress, unit="run", desc=f"{stage}, {objective} on {data}"):
         old = next((lines for table in (known, read_record(place/run.file())) if len(lines := lines_of([run], table))), None)
