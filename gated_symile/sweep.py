@@ -92,6 +92,7 @@ def _of_training(history, seconds):
     "What is worth keeping of a history: the epoch that was chosen, what was watched there, and what it cost."
     best = history[history["best"]].iloc[-1]
     values = {name: best[name] for name in history if name not in ("best", "seconds")} | {"epochs": len(history), "seconds": seconds}
+    values["epoch_seconds"] = history["seconds"].min() # the fastest: others may have shared the machine
     return pd.DataFrame([dict(metric=name, rows="training", value=float(value)) for name, value in values.items()])
 
 def _of_test(run):
