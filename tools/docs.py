@@ -28,8 +28,8 @@ LOADED = """index = await new Promise((done, failed) => {
 def stage():
     """Let nbdev prepare the notebooks in `_proc`, and finish its pages.
 
-    Its absolute links to this site become relative, so that they work anywhere, and `output-file`, which says nothing new and which
-    smalldocs doesn't know, goes.
+    Its absolute links to this site become relative, so that they work anywhere; those to private names, which have no place on a page,
+    go, and so does `output-file`, which says nothing new and which smalldocs doesn't know.
     """
     import nbformat
     from nbdev.config import get_config
@@ -41,7 +41,8 @@ def stage():
     for path in STAGE.rglob("*.ipynb"):
         name = path.relative_to(STAGE)
         text = path.read_text(encoding="utf-8").replace(home, "../"*len(name.parent.parts) or "./")
-        page = nbformat.reads(re.sub(r"output-file: [\w.-]+\\n", "", text), as_version=4)
+        text = re.sub(r"output-file: [\w.-]+\\n", "", re.sub(r"\[(`_\w+`)\]\([^)]*\)", r"\1", text))
+        page = nbformat.reads(text, as_version=4)
         describe_figures(page.cells)
         if name.parts[0] == "tutorials": page.cells.insert(1, nbformat.v4.new_markdown_cell(open_in(cfg, name)))
         nbformat.write(page, path)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.02                                                            # relative to a number, absolute below 1
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.?\d*(?:e[-+]?\d+)?(?!\w)", re.I)
 MEASURED = re.compile(r"\b(seconds|milliseconds|minutes|ms|µs|[KMG]i?B)\b")
-HIDDEN = re.compile(r"<(style|script).*?</\1>|<[^>]+>", re.S)
+HIDDEN = re.compile(r"<style scoped>.*?</style>|<[^>]+>", re.S)               # pandas' style; that of an interactive figure counts
 
 
 def shown(outputs):
