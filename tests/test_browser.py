@@ -4,7 +4,6 @@ Every page is opened once, at two widths, light and dark; `PROBE` notes what is 
 Skipped where there is no Chromium with its driver, unless `NEED_BROWSER` is set, as continuous integration does.
 """
 import json, os, re, shutil, sys, time
-from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ import docs
 
 PAGES = sorted(p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix() for kind in ("*.ipynb", "*.md")
                for p in (ROOT/"nbs").rglob(kind) if ".ipynb_checkpoints" not in p.parts)
-WIDTHS, SCHEMES, CONTRAST = (1300, 390), ("light", "dark"), 3               # contrast: what WCAG asks at least of large or bold text
+WIDTHS, SCHEMES, CONTRAST = (1300, 390), ("light", "dark"), 4.5             # contrast: what WCAG 2 (AA) asks of text
 VETO = "tutorials/03_veto.html"
 
 PROBE = r"""
@@ -85,9 +84,9 @@ def home(site):
 
 @pytest.fixture(scope="module")
 def browser():
+    assert not missing(), missing()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
-    assert not missing(), missing()
     options = webdriver.ChromeOptions()
     options.binary_location = browser_path()
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
