@@ -24,6 +24,8 @@ VETO = "tutorials/03_veto.html"
 PROBE = r"""
 const [contrast] = arguments, main = document.querySelector("main"), all = s => [...main.querySelectorAll(s)]
 const shown = e => { const r = e.getBoundingClientRect(); return r.width > 0 && r.height > 0 }
+const right = e => shown(e) ? e.getBoundingClientRect().right : 0
+const boxed = e => e != main && (/auto|scroll/.test(getComputedStyle(e.parentElement).overflowX) || boxed(e.parentElement)) // scrolls in a box of its own
 const text = e => e.textContent.trim().slice(0, 60)
 document.querySelectorAll("details").forEach(d => d.open = true)
 const rgba = c => { const [r, g, b, a = 1] = c.match(/[\d.]+/g).map(Number); return [r, g, b, a] }
@@ -39,7 +41,7 @@ const prose = all("p, li, td, th, figcaption, h1, h2, h3").filter(e => !e.closes
 const root = document.scrollingElement
 return {
   title: document.title, headings: all("h2").length, contents: !!document.querySelector("#TOC a"),
-  wide: root.scrollWidth > root.clientWidth ? [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1).slice(0, 5).map(e => e.tagName + "." + e.className) : [],
+  wide: (root.scrollWidth > root.clientWidth ? ["the window scrolls"] : []).concat(all("*").filter(e => right(e) > right(main) + 1 && !boxed(e)).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`)),
   faint: texts.filter(faint).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`),
   formulas: all("math").length,
   flat: all("math").filter(e => !shown(e) || e.querySelector("merror")).map(text),

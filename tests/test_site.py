@@ -2,6 +2,7 @@
 import inspect, json, re, sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -64,9 +65,8 @@ def test_public_names_link_to_their_source():
     ("plot()", "Look at [the `peak`](a.html)."),
 ])
 def test_a_figure_is_described(source, alt):
-    import nbformat
-    output = nbformat.v4.new_output("display_data", data={"image/png": "iVBO"})
-    cells = [nbformat.v4.new_markdown_cell("Title\n\n" + alt), nbformat.v4.new_code_cell(source, outputs=[output])]
+    cells = [SimpleNamespace(cell_type="markdown", source="Title\n\n" + alt),
+             SimpleNamespace(cell_type="code", source=source, outputs=[{"data": {"image/png": "iVBO"}}])]
     docs.describe_figures(cells)
     assert re.findall(r'^#\| fig-alt: "(.*)"$', cells[1].source, re.M) == [alt if "[" not in alt else "Look at the peak."]
 
