@@ -17,6 +17,7 @@ STAGE, SITE = ROOT/"_proc", ROOT/"_docs"
 FORMULA = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 REMOTE = re.compile(r'<script[^>]*\ssrc="https?:[^>]*></script>\s*|<link(?=[^>]*\srel="(?:stylesheet|preconnect)")[^>]*\shref="https?:[^>]*>\s*')
 WEB_FONT = re.compile(r'@import *(?:url\((["\']?)https?:[^)]*\)|(["\'])https?:.*?\2);')
+NAME_LINK = re.compile(r'<a href="([^":#]+)#([^"]+)">(?=<code>)')
 FETCHED = re.compile(r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);')
 LOADED = """index = await new Promise((done, failed) => {
         const script = document.createElement("script");
@@ -28,8 +29,8 @@ LOADED = """index = await new Promise((done, failed) => {
 def stage():
     """Let nbdev prepare the notebooks in `_proc`, and finish its pages.
 
-    Its absolute links to this site become relative, so that they work anywhere; those to private names, which have no place on a page,
-    go, and so does `output-file`, which says nothing new and which smalldocs doesn't know.
+    Its absolute links to this site become relative, so that they work anywhere, and `output-file`, which says nothing new and which
+    smalldocs doesn't know, goes.
     """
     import nbformat
     from nbdev.config import get_config
@@ -41,8 +42,7 @@ def stage():
     for path in STAGE.rglob("*.ipynb"):
         name = path.relative_to(STAGE)
         text = path.read_text(encoding="utf-8").replace(home, "../"*len(name.parent.parts) or "./")
-        text = re.sub(r"output-file: [\w.-]+\\n", "", re.sub(r"\[(`_\w+`)\]\([^)]*\)", r"\1", text))
-        page = nbformat.reads(text, as_version=4)
+        page = nbformat.reads(re.sub(r"output-file: [\w.-]+\\n", "", text), as_version=4)
         describe_figures(page.cells)
         if name.parts[0] == "tutorials": page.cells.insert(1, nbformat.v4.new_markdown_cell(open_in(cfg, name)))
         nbformat.write(page, path)
@@ -87,6 +87,7 @@ def render():
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE/"_docs", SITE)
     bring_home()
+    link_names()
     if not quarto: search_without_server()
 
 
@@ -104,6 +105,16 @@ def bring_home():
         page.write_text(FORMULA.sub(mathml, REMOTE.sub("", page.read_text(encoding="utf-8"))), encoding="utf-8")
     for style in SITE.rglob("*.css"):
         style.write_text(WEB_FONT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def link_names():
+    "Let the links that nbdev makes of names lead to the page where the name has no place of its own there, as private names and some methods."
+    ids = {path: Page(path).ids for path in SITE.resolve().rglob("*.html")}
+    for path in ids:
+        def place(link):
+            known = ids.get((path.parent/unquote(link[1])).resolve())
+            return link[0] if known is None or unquote(link[2]) in known else f'<a href="{link[1]}">'
+        path.write_text(NAME_LINK.sub(place, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def search_without_server():
