@@ -9,7 +9,7 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results bench test docs preview notebooks clean
+.PHONY: help setup demo results bench test docs preview notebooks wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -62,6 +62,9 @@ preview: $(READY) ## serve the site on this machine and rebuild it when a notebo
 
 notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/mip.ipynb ..."; make README.md
 	@$(BIN)/python tools/notebooks.py $(NB)
+
+wheel: $(READY) ## build what is released into dist, and try the wheel in a fresh environment
+	@$(BIN)/python tools/release.py $(TAG)
 
 clean: ## remove what was built (not .venv, not runs)
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis

@@ -1,10 +1,12 @@
 "The site, as a reader gets it: every page there and reachable, API tables, formulas, no broken link, nothing from other hosts."
-import inspect, re, subprocess, sys
+import inspect, json, re, sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+import gated_symile
 import gated_symile.core
 
 ROOT = Path(__file__).parent.parent
@@ -12,13 +14,7 @@ SITE = ROOT/"_docs"
 sys.path.insert(0, str(ROOT/"tools"))
 import docs
 
-pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def site():
-    done = subprocess.run([sys.executable, "tools/docs.py", "check"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+pytestmark = [pytest.mark.usefixtures("site"), pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")]
 
 
 def text(page): return (SITE/page).read_text(encoding="utf-8")
@@ -47,6 +43,32 @@ def test_formulas_are_drawn_without_a_script():
     page = text("api/mip.html")
     assert '<math xmlns="http://www.w3.org/1998/Math/MathML"' in page
     assert not re.search(r'class="math|katex|mathjax', page, re.I)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs/tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_tutorial_runs_elsewhere(path):
+    "It offers Colab and Binder, and its first code cell installs the package in Colab, where there is nothing else of ours."
+    page = text(f"tutorials/{path.stem}.html")
+    assert f"/blob/main/nbs/tutorials/{path.name}" in page and f"labpath=nbs/tutorials/{path.name}" in page
+    first = next("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    assert first.startswith("#| hide\n! [ -e /content ] && pip install -q git+https://github.com/gated-symile/gated_symile")
+
+
+def test_public_names_link_to_their_source():
+    page = text("api/mip.html")
+    assert all(re.search(rf'href="[^"]*/blob/main/gated_symile/mip\.py#L{inspect.getsourcelines(f)[1]}"', page) for f in (gated_symile.mip_scores, gated_symile.dvs))
+
+
+@pytest.mark.parametrize("source, alt", [
+    ("#| fig-alt: \"seen\"\nplot()", "seen"),
+    ("#| fig-cap: \"caption\"\nplot()", "caption"),
+    ("plot()", "Look at [the `peak`](a.html)."),
+])
+def test_a_figure_is_described(source, alt):
+    cells = [SimpleNamespace(cell_type="markdown", source="Title\n\n" + alt),
+             SimpleNamespace(cell_type="code", source=source, outputs=[{"data": {"image/png": "iVBO"}}])]
+    docs.describe_figures(cells)
+    assert re.findall(r'^#\| fig-alt: "(.*)"$', cells[1].source, re.M) == [alt if "[" not in alt else "Look at the peak."]
 
 
 @pytest.mark.parametrize("tex, shown", [

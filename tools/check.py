@@ -3,15 +3,14 @@ import os, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 AGREE = ["tests/test_notebooks.py", "tests/test_imports.py"]
-SITE = ["tests/test_site.py"]
+SITE = ["tests/test_site.py", "tests/test_browser.py"]
 PYTEST = [sys.executable, "-m", "pytest"]
 STEPS = {
     "notebooks, package and README agree; modules import only from above": [*PYTEST, *AGREE],
-    "notebooks run": [str(BIN/"nbdev_test"), "--n_workers", "2", "--timing"],
+    "notebooks run, and give what is saved in them": [sys.executable, "tools/fresh.py"],
     "oracles, properties, faults, processes, the experiment": [*PYTEST, "tests", "--durations", "5", *(f"--ignore={t}" for t in AGREE+SITE)],
-    "the site renders, no link is broken": [*PYTEST, *SITE],
+    "the site renders, and works in a browser": [*PYTEST, *SITE, "-rs"],
 }
 
 

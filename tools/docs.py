@@ -1,9 +1,9 @@
-"""The site, from the notebooks into `_docs`: `python tools/docs.py build|check|serve`.
+"""The site, from the notebooks into `_docs`: `python tools/docs.py build|check|links|serve`.
 
 nbdev stages the notebooks (hidden cells dropped, API tables added); Quarto renders them where it is installed, else smalldocs.
-What smalldocs leaves to other hosts is brought home afterwards: formulas become MathML, and no page loads anything from elsewhere.
+What either leaves to other hosts is brought home afterwards: formulas become MathML, and no page loads anything from elsewhere.
 """
-import os, re, shutil, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from functools import partial
 from html import unescape
 from html.parser import HTMLParser
@@ -15,26 +15,56 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT/"_proc", ROOT/"_docs"
 FORMULA = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
-KATEX = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?\s*')
-WEB_FONT = re.compile(r'@import url\((["\']?)https?:.*?\1\);')
+REMOTE = re.compile(r'<script[^>]*\ssrc="https?:[^>]*></script>\s*|<link(?=[^>]*\srel="(?:stylesheet|preconnect)")[^>]*\shref="https?:[^>]*>\s*')
+WEB_FONT = re.compile(r'@import *(?:url\((["\']?)https?:[^)]*\)|(["\'])https?:.*?\2);')
+NAME_LINK = re.compile(r'<a href="([^":#]+)#([^"]+)">(?=<code>)')
+FETCHED = re.compile(r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);')
+LOADED = """index = await new Promise((done, failed) => {
+        const script = document.createElement("script");
+        Object.assign(script, { src: offset + "search.js", onload: () => done(window.searchIndex), onerror: failed });
+        document.head.append(script);
+      });"""
 
 
 def stage():
-    """Let nbdev prepare the notebooks in `_proc`.
+    """Let nbdev prepare the notebooks in `_proc`, and finish its pages.
 
     Its absolute links to this site become relative, so that they work anywhere, and `output-file`, which says nothing new and which
     smalldocs doesn't know, goes.
     """
+    import nbformat
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:nbdev.processors"  # of cells that import and do more: see CONTRIBUTING.md
     proc_nbs(n_workers=2, force=True)
     cfg = get_config()
     home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
-    for page in STAGE.rglob("*.ipynb"):
-        up = "../"*len(page.relative_to(STAGE).parent.parts) or "./"
-        text = page.read_text(encoding="utf-8").replace(home, up)
-        page.write_text(re.sub(r"output-file: [\w.-]+\\n", "", text), encoding="utf-8")
+    for path in STAGE.rglob("*.ipynb"):
+        name = path.relative_to(STAGE)
+        text = path.read_text(encoding="utf-8").replace(home, "../"*len(name.parent.parts) or "./")
+        page = nbformat.reads(re.sub(r"output-file: [\w.-]+\\n", "", text), as_version=4)
+        describe_figures(page.cells)
+        if name.parts[0] == "tutorials": page.cells.insert(1, nbformat.v4.new_markdown_cell(open_in(cfg, name)))
+        nbformat.write(page, path)
+
+
+def open_in(cfg, name):
+    "The line of links that opens the notebook of a page where it can be run."
+    return (f"[Run it in Colab](https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{name.as_posix()}){{.open-in}} "
+            f"[or in Binder](https://mybinder.org/v2/gh/{cfg.user}/{cfg.repo}/{cfg.branch}?labpath=nbs/{name.as_posix()}){{.open-in}}")
+
+
+def describe_figures(cells):
+    "Give a figure without alternative text its caption, or what the text before it says one should look for."
+    before = ""
+    for cell in cells:
+        if cell.cell_type == "markdown": before = cell.source
+        if cell.cell_type != "code" or re.search(r"^#\| *fig-alt:", cell.source, re.M): continue
+        if not any(kind.startswith("image/") for out in cell.outputs for kind in out.get("data", {})): continue
+        caption = re.search(r"^#\| *fig-cap: *(.+)$", cell.source, re.M)
+        text = caption.group(1).strip("\"'") if caption else before.strip().split("\n\n")[-1]
+        plain = " ".join(re.sub(r"\]\([^)]*\)|[\[\]`*#$]", "", text).split())
+        cell.source = f"#| fig-alt: {json.dumps(plain or 'figure', ensure_ascii=False)}\n{cell.source}"
 
 
 def mathml(match):
@@ -52,14 +82,48 @@ def render():
     quarto = shutil.which("quarto")
     if not quarto and sys.version_info < (3, 11): sys.exit("The site needs Quarto, or Python 3.11 for smalldocs")
     command = [quarto, "render", str(STAGE), "--no-cache"] if quarto else [str(Path(sys.executable).parent/"smalldocs"), "render", "-q", "--strict", str(STAGE)]
+    if quarto: use_mathml(STAGE/"_quarto.yml")
     subprocess.run(command, check=True)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE/"_docs", SITE)
-    if quarto: return
+    bring_home()
+    link_names()
+    if not quarto: search_without_server()
+
+
+def use_mathml(config):
+    "Let Quarto write formulas as MathML. (smalldocs doesn't know the option.)"
+    import yaml
+    options = yaml.safe_load(config.read_text(encoding="utf-8"))
+    options["format"]["html"]["html-math-method"] = "mathml"
+    config.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def bring_home():
+    "Draw the formulas that are left to a script, and load nothing from other hosts."
     for page in SITE.rglob("*.html"):
-        page.write_text(FORMULA.sub(mathml, KATEX.sub("", page.read_text(encoding="utf-8"))), encoding="utf-8")
+        page.write_text(FORMULA.sub(mathml, REMOTE.sub("", page.read_text(encoding="utf-8"))), encoding="utf-8")
     for style in SITE.rglob("*.css"):
         style.write_text(WEB_FONT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def link_names():
+    "Let the links that nbdev makes of names lead to the page where the name has no place of its own there, as private names and some methods."
+    ids = {path: Page(path).ids for path in SITE.resolve().rglob("*.html")}
+    for path in ids:
+        def place(link):
+            known = ids.get((path.parent/unquote(link[1])).resolve())
+            return link[0] if known is None or unquote(link[2]) in known else f'<a href="{link[1]}">'
+        path.write_text(NAME_LINK.sub(place, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def search_without_server():
+    "Let smalldocs' search read its index from a script: a page that was opened as a file may load scripts, but may not fetch."
+    script = SITE/"site_libs/smalldocs.js"
+    text, n = FETCHED.subn(LOADED, script.read_text(encoding="utf-8"))
+    if n != 1: raise ValueError("smalldocs.js loads its index in a way that is not known here")
+    script.write_text(text, encoding="utf-8")
+    (SITE/"search.js").write_text("window.searchIndex = " + (SITE/"search.json").read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def build():
@@ -85,8 +149,8 @@ class Page(HTMLParser):
 
 def problems():
     "Links of the built site that lead nowhere, and things that its pages load from another host."
-    pages = {path: Page(path) for path in SITE.rglob("*.html")}
-    found = []
+    from nbdev.config import get_config
+    top, pages, found = get_config().doc_baseurl, {path: Page(path) for path in SITE.rglob("*.html")}, []
     for path, page in pages.items():
         for url in page.links + page.loads:
             to = urlsplit(url)
@@ -94,12 +158,26 @@ def problems():
             if to.scheme or to.netloc:
                 if url in page.loads and to.scheme != "data": found.append(f"{name} loads {url} from another host")
                 continue
-            there = (path.parent/unquote(to.path)).resolve() if to.path else path
+            there = (SITE/unquote(to.path).removeprefix(top).lstrip("/") if to.path.startswith("/") else path.parent/unquote(to.path)).resolve() if to.path else path
             if there.is_dir(): there = there/"index.html"
             if not there.exists(): found.append(f"{name} links to {url}, which does not exist")
             elif to.fragment and there in pages and unquote(to.fragment) not in pages[there].ids:
                 found.append(f"{name} links to {url}, but there is no such place on that page")
     return found
+
+
+def external():
+    "Where the site's links to other hosts lead, each with the first page that has it."
+    found = {}
+    for path in sorted(SITE.rglob("*.html")):
+        for url in Page(path).links:
+            if urlsplit(url).netloc: found.setdefault(url, path.relative_to(SITE))
+    return found
+
+
+def links():
+    "Print the links to other hosts, of the site as it was built."
+    for url, page in sorted(external().items()): print(f"{url}\t{page}")
 
 
 def check():
@@ -128,7 +206,7 @@ def serve(port=8000):
 
 
 if __name__ == "__main__":
-    commands = dict(build=build, check=check, serve=serve)
+    commands = dict(build=build, check=check, links=links, serve=serve)
     if sys.argv[1:] not in ([c] for c in commands): sys.exit(f"usage: python tools/docs.py {'|'.join(commands)}")
     os.chdir(ROOT)
     try: sys.exit(commands[sys.argv[1]]())

@@ -9,6 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("nbs/images")
 NOTE = "<!-- Made from nbs/index.ipynb by `make notebooks`: edit that, not this. -->\n\n"
+HOME = "https://github.com/gated-symile/gated_symile"
+BADGES = " ".join(f"[![{name}]({HOME}/actions/workflows/{name}.yaml/badge.svg)]({to})" for name, to in
+                  [("test", f"{HOME}/actions/workflows/test.yaml"), ("docs", "https://gated-symile.github.io/gated_symile")])
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z][a-z0-9+.-]*:|#|/|nbs/)', re.I)
 OPTION = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.M)
 
@@ -31,15 +34,17 @@ def readme():
     from traitlets.config import Config
     nb = nbformat.read(ROOT/"nbs/index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}                       # cleaning removes it
+    alts = [alt.strip('"') for cell in nb.cells for name, alt in OPTION.findall(cell.source) if name == "fig-alt"]
     nb.cells = [cell for cell in map(shown, nb.cells) if cell is not None]
     names = str(FIGURES/"index_{cell_index}_{index}{extension}")
     exporter = MarkdownExporter(config=Config(ExtractOutputPreprocessor=dict(output_filename_template=names)))
     text, resources = exporter.from_notebook_node(nb)
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.S)            # of pandas tables: GitHub would not use it
     text = re.sub(r"```python\s*```\n*", "", text)                          # what is left of a cell whose code is not shown
-    text = re.sub(r"^[ \t]*!\[(?:png|svg|jpeg)\]\(", "![Figure](", text, flags=re.M)
+    text = re.sub(r"^[ \t]*!\[(?:png|svg|jpeg)\]\(", lambda m: f"![{alts.pop(0) if alts else 'Figure'}](", text, flags=re.M)
     text = LINK.sub(r"\1nbs/", text)
-    return NOTE + re.sub(r"\n\s*\n[ \t]*(?=\n)", "\n", text).strip() + "\n", {Path(k): v for k, v in resources["outputs"].items()}
+    text = text.strip().replace("\n", f"\n\n{BADGES}\n", 1)                    # below the title
+    return NOTE + re.sub(r"\n\s*\n[ \t]*(?=\n)", "\n", text) + "\n", {Path(k): v for k, v in resources["outputs"].items()}
 
 
 def main(check=False):

@@ -1,0 +1,16 @@
+"What several files of tests share."
+import subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def site():
+    "The folder of the site, built once a session, with no broken link in it."
+    if sys.version_info < (3, 11): pytest.skip("smalldocs needs Python 3.11")
+    done = subprocess.run([sys.executable, "tools/docs.py", "check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT/"_docs"
