@@ -419,7 +419,7 @@ def read(self:SavedRun,
     id = id or self.about["parameters"].get("data_options", {}).get("id", "id")
     try: rows = mfeat(names) if data == "mfeat" else load_tabular(data, id=id, names=names)
     except UnknownNameError as error:
-        raise MissingError(f"data: {error}; the model has {', '.join(map(repr, self.model.names))}; to read some of them, give their `names`") from error
+        raise MissingError(f"data: {error}. The model has {', '.join(map(repr, self.model.names))}; to read only some of them, give their names") from error
     if rows.present is not None and not (some := rows.present.any(1)).all():
         empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
         warnings.warn(f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}", stacklevel=2)
