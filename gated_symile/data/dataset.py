@@ -172,22 +172,29 @@ def _difference(expected, found):
 
 @dataclass(frozen=True, eq=False)
 class Standardiser:
-    "Means and standard deviations of training rows, and what they belong to; call it on a dataset. `standardise` makes one."
+    "Means and standard deviations of training rows, and what they belong to, to be called on a dataset; `ShapeError` where they differ in number."
     mean:dict[str, Tensor] # name -> `(features,)`; NaN for a column of which the training rows know nothing
     std:dict[str, Tensor] # name -> `(features,)`
     columns:dict[str, list]|None=None # name -> names of the columns, where they are known
 
+    def __post_init__(self):
+        for name, mean in self.mean.items():
+            sizes = [len(x) for x in (mean, self.std[name], (self.columns or {}).get(name, mean))]
+            if len(set(sizes)) > 1: raise ShapeError(f"{name!r} must have as many means as standard deviations and names of columns, got {sizes}")
     def __repr__(self): return f"Standardiser({', '.join(f'{name} ({len(x)})' for name, x in self.mean.items())})"
 
-    def check(self, dataset):
-        "`DataError` for rows that are standardised already or columns of other names, `ShapeError` for their number, `UnknownNameError`."
-        if dataset.standardised is not None: raise DataError("the rows have been standardised before: give them as they were read")
-        for name, x in dataset.modalities.items():
-            width = len(self.mean[check_name("modality", name, self.mean)])
-            expected, found = ((known or {}).get(name) for known in (self.columns, dataset.columns))
-            other = f": {_difference(list(expected), list(found))}" if expected and found and list(expected) != list(found) else ""
-            if x.shape[1] != width: raise ShapeError(f"{name!r} has {width} columns in train but {x.shape[1]} here{other}")
-            if other: raise DataError(f"{name!r} has other columns than in train{other}")
+@patch
+def check(self:Standardiser,
+    dataset:MultimodalDataset, # some of the modalities of the training rows, as they were read
+):
+    "`DataError` for rows that are standardised already or columns of other names, `ShapeError` for their number, `UnknownNameError`."
+    if dataset.standardised is not None: raise DataError("the rows have been standardised before: give them as they were read")
+    for name, x in dataset.modalities.items():
+        width = len(self.mean[check_name("modality", name, self.mean)])
+        expected, found = (list((known or {}).get(name, [])) for known in (self.columns, dataset.columns))
+        other = f": {_difference(expected, found)}" if expected and found and expected != found else ""
+        if x.shape[1] != width: raise ShapeError(f"{name!r} has {width} columns in train but {x.shape[1]} here{other}")
+        if other: raise DataError(f"{name!r} has other columns than in train{other}")
 
 # %% ../../nbs/api/data/dataset.ipynb #39ad5dae
 def _standardised(dataset, how):
