@@ -419,7 +419,8 @@ def read(self:SavedRun,
     id = id or self.about["parameters"].get("data_options", {}).get("id", "id")
     try: rows = mfeat(names) if data == "mfeat" else load_tabular(data, id=id, names=names)
     except UnknownNameError as error:
-        raise MissingError(f"data: {error}. The model has {', '.join(map(repr, self.model.names))}; to read only some of them, give their names") from error
+        raise MissingError(f"data lacks a modality of the model, which has {', '.join(map(repr, self.model.names))} ({error}); "
+                           "to go without it, name those to be read") from error
     if rows.present is not None and not (some := rows.present.any(1)).all():
         empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
         warnings.warn(f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}", stacklevel=2)
@@ -428,7 +429,7 @@ def read(self:SavedRun,
 
 # %% ../nbs/api/experiment.ipynb #1587707b
 def rank_files(
-    weights:str|Path, # as `save_runs` leaves them in `weights/`
+    weights:str|Path|None, # as `save_runs` leaves them in `weights/`
     data:str|Path|list, # the rows to ask by: as in `SavedRun.read`
     bank:str|Path|list|None=None, # the candidates: a path that holds the target; `None`: those in `data`
     queries:list[str]|None=None, # the modalities to ask by; `None`: all that the model asks by
@@ -437,6 +438,7 @@ def rank_files(
     out:str|Path="runs/rank", # folder of the result
 ) -> pd.DataFrame: # `query` (id or row), `rank` from 1, `candidate` (id or row of the bank), `score`
     "Rank candidates for each new row, and save that as `ranked.csv` and `ranked.parquet`; errors of `load_run`, `SavedRun.read`, `retrieve`, `open_folder`."
+    if weights is None: raise MissingError("weights: give the file of weights that an experiment has saved")
     folder, saved = open_folder(out), load_run(weights)
     asked = saved.read(data, saved.queries if queries is None else queries, id)
     ranked = retrieve(saved.model, asked, saved.read(data if bank is None else bank, saved.target, id), saved.target, k)

@@ -78,7 +78,7 @@ def _read_table(path, id):
     frame = _read_frame(path, id)
     if id not in frame.columns:
         raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
-                        "give the name of the one that holds the ids as `id`")
+                        "give the name of the one that holds the ids as `id` (to the experiment: data_options: {id: ...})")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
     ids, features = _checked_ids(frame[id], path.name), frame.drop(columns=id)
     return ids, _features(features, path.name), features.columns.tolist()
