@@ -126,7 +126,7 @@ class MultimodalDataset:
     corrupted:Tensor|None=None # bool `(rows, M)`: which were corrupted, where that is known
     ids:list|None=None # names of the rows, as in the person's own table
     columns:dict[str, list]|None=None # name -> names of its columns, as in the person's own table, where they are known
-    standardised:"Standardiser|None"=None # what the rows were standardised with; `None`: they are as they were read
+    standardised:object=None # the `Standardiser` by which the rows became what they are; `None`: they are as they were read
 
     def __post_init__(self):
         checked = _checked_fields(self.modalities, self.present, self.corrupted, self.ids, self.columns)
