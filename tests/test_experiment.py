@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from gated_symile import (audit, generator, GatedSymile, load_weights, MLP, ModalityGate, MultimodalModel, retrieve,
-                          DataError, DtypeError, MissingError, ShapeError)
-from gated_symile.experiment import load_run, OBJECTIVES, RetrievalConfig, run_one, save_runs, split_data
+                          DataError, DtypeError, MissingError, OutputError, ShapeError)
+from gated_symile.experiment import load_run, OBJECTIVES, rank_files, RetrievalConfig, run_one, save_runs, split_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE, RANK = (ROOT/"nbs"/"experiments"/f"{name}.ipynb" for name in ("retrieval", "rank"))
@@ -168,6 +168,11 @@ def test_a_moved_file_needs_nothing_else(tables, tmp_path):
     assert len(quietly(saved.read, tables)) == 90
 
 
+def test_no_row_and_no_id_is_in_the_file(a_run, tables):
+    "Rows of patients stay where they are."
+    assert b"patient" not in a_run[1].read_bytes().replace(b"Patient ID", b"").lower()
+
+
 def test_new_rows_with_holes(a_run, tables, tmp_path):
     "A modality missing in a row is absent, a cell is the training mean, and a row of nothing is left out aloud."
     saved = load_run(a_run[1])
@@ -196,7 +201,7 @@ def test_ids_under_another_name(a_run, tables, tmp_path):
 
 
 FITS_NOT = {
-    "a table is gone": (lambda f: None, MissingError, "modality: 'blood test' is unknown.*The model has 'image', 'blood test', 'text-note'"),
+    "a table is gone": (lambda f: None, MissingError, "lacks a modality of the model, which has 'image', 'blood test', 'text-note' .*'blood test' is unknown"),
     "a column less": (lambda f: f.drop(columns="blood test #2 (mg/l)"), ShapeError, r"'blood test' has 5 columns in train but 4 here: lacks \['blood test #2"),
     "a column more": (lambda f: f.assign(extra=1.), ShapeError, r"5 columns in train but 6 here: has instead \['extra'\]"),
     "another name": (lambda f: f.rename(columns={"blood test #2 (mg/l)": "x"}), DataError, r"lacks \['blood test #2 \(mg/l\)'\], has instead \['x'\]"),
@@ -281,7 +286,6 @@ def test_ranking_files_without_python(a_run, tables, tmp_path):
     expected = retrieve(saved.model, queries, quietly(saved.read, tables, "image"), "image", k=3, progress=False)
     pd.testing.assert_frame_equal(ranked, expected)
     assert len(pd.read_csv(tmp_path/"ranked"/"ranked.csv")) == 3*len(queries)
-    done = papermill(tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "out", "again", template=RANK)
-    assert done.returncode != 0 and "'image' is unknown" in done.stderr              # there is nothing to be found
-    done = papermill(tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "kk", "3", template=RANK)
-    assert done.returncode != 0 and "parameter: 'kk' is unknown" in done.stderr
+    with pytest.raises(MissingError, match="'image' is unknown"): quietly(rank_files, a_run[1], tmp_path/"new", out=tmp_path/"again")  # nothing to be found
+    with pytest.raises(MissingError, match="give the file of weights"): rank_files(None, tmp_path/"new")
+    with pytest.raises(OutputError, match="can't write"): rank_files(a_run[1], tmp_path/"new", out=tmp_path/"executed.ipynb")
