@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'OBJECTIVES', 'OBJECTIVE_OPTIONS', 'corrupted_splits', 'option_names', 'check_options', 'Source',
-           'data_option_names', 'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'train_one',
-           'run_one', 'code_commit', 'code_versions', 'as_results', 'open_folder', 'save_runs', 'run_all',
-           'accuracy_table', 'reading']
+           'data_option_names', 'open_source', 'make_objective', 'RetrievalConfig', 'new_names', 'Run', 'split_data',
+           'make_model', 'train_one', 'run_one', 'code_commit', 'code_versions', 'as_results', 'open_folder',
+           'save_runs', 'run_all', 'SavedRun', 'load_run', 'rank_files', 'accuracy_table', 'reading']
 
 # %% ../nbs/api/experiment.ipynb #0d74b92c
 import inspect
 import json
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -22,13 +23,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from . import core
-from .core import check_name, check_range, generator, DataError, DtypeError, OutputError, UnknownNameError
+from .core import check_name, check_range, generator, DataError, DtypeError, MissingError, OutputError, UnknownNameError
 from .data.corruption import corrupt_one, Gaussian, Missing, Swap
-from .data.dataset import MultimodalDataset, standardise
+from .data.dataset import checked_names, MultimodalDataset, standardise, Standardiser
 from .data.mfeat import mfeat, MFEAT_VIEWS
 from .data.tabular import load_tabular
 from .data.xnor import synthetic_xnor
@@ -42,7 +44,8 @@ from .objectives.subset import SubsetSymile
 from .objectives.symile import Symile
 from .objectives.triangle import TRIANGLE
 from .plots import mean_over_seeds
-from .training import fit, MultimodalModel, rank_dataset, save_model, write_atomically
+from .retrieval import retrieve
+from .training import fit, load_weights, MultimodalModel, rank_dataset, read_metadata, save_model, write_atomically
 
 # %% ../nbs/api/experiment.ipynb #f3321448
 CORRUPTIONS = {"swap": Swap, "gaussian": Gaussian, "missing": Missing}
@@ -217,6 +220,7 @@ class Run:
     p:float # probability of corruption
     seed:int # of data, weights and training
     model:MultimodalModel # with its best weights
+    standardiser:Standardiser # by which new rows become what the model was trained on
     history:pd.DataFrame # of `fit`
     test:pd.DataFrame # a line for each test row: `top1`, 1 if the true one was ranked first, and whether it is `corrupted`
     metrics:pd.DataFrame # of `accuracy_by_corruption`, on the test rows
@@ -226,6 +230,27 @@ class Run:
     def label(self): return f"{self.objective}_p{self.p:g}_seed{self.seed}"
 
 # %% ../nbs/api/experiment.ipynb #a0dd640e
+def split_data(
+    config:RetrievalConfig, # all that is the same for every run
+    p:float, # probability that a row has one query modality corrupted
+    seed:int, # of the split and the corruption
+) -> tuple[MultimodalDataset, ...]: # training, validation and test rows, the same whenever they are asked for
+    "The rows of a run."
+    options = {k: v for k, v in config.data_options.items() if k != "id"}
+    return config.source.splits(config.names, p, generator(seed), **options)
+
+def make_model(
+    sizes:dict[str, int], # name -> number of features
+    objective:str, # class name
+    dim:int, # D, width of the embeddings
+    encoder_options:dict={}, # of `MLP`
+    objective_options:dict={}, # of the objective, or of its gate
+) -> MultimodalModel: # its weights are drawn from PyTorch's own generator
+    "An `MLP` for each modality, and the objective; the errors of both."
+    encoders = {name: MLP(size, dim, **encoder_options) for name, size in sizes.items()}
+    return MultimodalModel(encoders, make_objective(objective, len(sizes), dim, **objective_options))
+
+# %% ../nbs/api/experiment.ipynb #a24137e1
 def train_one(
     config:RetrievalConfig, # all that is the same for every run
     objective:str, # class name
@@ -233,17 +258,20 @@ def train_one(
     seed:int, # of data, weights and training; equal seeds give equal runs, and all objectives the same data
 ) -> tuple[MultimodalModel, pd.DataFrame, MultimodalDataset]: # the trained model, the history of `fit`, and test rows not yet looked at
     "Train on the training rows, choose the epoch on the validation rows."
-    options = {k: v for k, v in config.data_options.items() if k != "id"}
-    train, valid, test = config.source.splits(config.names, p, generator(seed), **options)
+    train, valid, test = split_data(config, p, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoders = {n: MLP(train.modalities[n].shape[1], config.dim, **config.encoder_options) for n in config.names}
-        model = MultimodalModel(encoders, make_objective(objective, len(config.names), config.dim, **config.objective_options.get(objective, {})))
+        model = make_model({n: train.modalities[n].shape[1] for n in config.names}, objective, config.dim,
+                           config.encoder_options, config.objective_options.get(objective, {}))
     model.objective.logit_scale.requires_grad_(config.learn_scale)
     training = {"bank_size": config.source.bank_size, **config.training_options}
     history = fit(model, train, valid, config.target, epochs=config.epochs, learning_rate=config.learning_rate, batch_size=config.batch_size,
                   device=config.device, seed=seed, progress=False, **training)
     return model, history, test
+
+def _as_they_are(rows):
+    "The standardiser of rows that were used as they are: it changes nothing."
+    return Standardiser(*({name: torch.full((x.shape[1],), value) for name, x in rows.modalities.items()} for value in (0., 1.)), rows.columns)
 
 def run_one(
     config:RetrievalConfig, # all that is the same for every run
@@ -260,7 +288,7 @@ def run_one(
     gate = None
     if hasattr(model.objective, "gate") or hasattr(model.objective, "weights"):
         gate = gate_by_corruption(model, test, config.target, config.source.bank_size, generator=generator(seed))
-    return Run(objective, p, seed, model, history, by_row, metrics, test, gate)
+    return Run(objective, p, seed, model, test.standardised or _as_they_are(test), history, by_row, metrics, test, gate)
 
 # %% ../nbs/api/experiment.ipynb #8aa9baff
 def code_commit() -> str: # a commit hash, with `-dirty` after it where files were changed, or `"unknown"`
@@ -287,6 +315,18 @@ def as_results(
     results = pd.concat(tables, ignore_index=True)[["objective", "p", "seed", "metric", "rows", "n", "value", "low", "high"]]
     return results.assign(data=str(config.data), parameters=json.dumps(parameters), versions=json.dumps(code_versions()), commit=code_commit())
 
+# %% ../nbs/api/experiment.ipynb #0b3a011b
+def _to_json(standardiser):
+    "What a standardiser holds, as JSON can; a float32 comes back to the bit."
+    numbers = lambda x: [None if value != value else value for value in x.tolist()]
+    columns = lambda name: None if name not in (standardiser.columns or {}) else list(standardiser.columns[name])
+    return {name: {"mean": numbers(mean), "std": numbers(standardiser.std[name]), "columns": columns(name)} for name, mean in standardiser.mean.items()}
+
+def _from_json(inputs):
+    "The standardiser again."
+    numbers = lambda key: {name: torch.tensor([torch.nan if x is None else x for x in about[key]]) for name, about in inputs.items()}
+    return Standardiser(numbers("mean"), numbers("std"), {name: about["columns"] for name, about in inputs.items() if about["columns"]})
+
 # %% ../nbs/api/experiment.ipynb #31021070
 def open_folder(
     out:str|Path, # where results shall go; made if needed
@@ -305,11 +345,12 @@ def save_runs(
     runs:list[Run], # how it went
     figures:dict[str, Figure]={}, # file name without ending -> figure
 ) -> pd.DataFrame: # the record
-    "Save `results.parquet`, the figures as PNG and SVG, and weights as `weights/<objective>_p<p>_seed<seed>.safetensors` in `config.out`."
+    "Save `results.parquet`, the figures as PNG and SVG, and weights for `load_run` as `weights/<objective>_p<p>_seed<seed>.safetensors` in `config.out`."
     folder, results = open_folder(config.out), as_results(config, runs)
     write_atomically(folder/"results.parquet", results.to_parquet(index=False))
+    shared = {name: json.loads(results[name][0]) for name in ("parameters", "versions")} | {"commit": results["commit"][0]}
     for run in runs:
-        about = {"objective": run.objective, "p": run.p, "seed": run.seed, "parameters": json.loads(results["parameters"][0]), "commit": results["commit"][0]}
+        about = {"objective": run.objective, "p": run.p, "seed": run.seed, **shared, "inputs": _to_json(run.standardiser)}
         save_model(run.model, folder/"weights"/f"{run.label()}.safetensors", about)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
@@ -332,6 +373,80 @@ def run_all(
             runs.append(run_one(config, objective, p, seed))
             save_runs(config, runs)
     return runs
+
+# %% ../nbs/api/experiment.ipynb #a1cff1a5
+@dataclass(frozen=True)
+class SavedRun:
+    "A model from a file, and what it takes to show it new rows."
+    model:MultimodalModel # in evaluation mode, on the CPU
+    standardiser:Standardiser # of its training rows
+    about:dict # `objective`, `p`, `seed`, `parameters`, `versions`, `commit`, `inputs`: as they were saved
+
+    target = property(lambda self: self.about["parameters"]["target"], doc="The modality to be found.")
+    queries = property(lambda self: self.about["parameters"]["queries"], doc="The modalities to find it by.")
+    def __repr__(self):
+        objective, seed, finds, by = (*(self.about[key] for key in ("objective", "seed")), self.target, self.queries)
+        return f"SavedRun({objective}, seed {seed}: finds {finds!r} by {', '.join(map(repr, by))})"
+
+_KEPT = ("objective", "p", "seed", "parameters", "inputs") # without these, no model
+
+def load_run(
+    path:str|Path, # weights as `save_runs` leaves them in `weights/`
+) -> SavedRun: # the model, ready for new rows
+    "The model of a run again; `FileNotFoundError`, `DataError` for a file that isn't whole, of another kind, or of another version."
+    about = read_metadata(path)
+    lacking, versions = [key for key in _KEPT if key not in about], about.get("versions", {})
+    writer = f"gated_symile {versions['gated_symile']}" if "gated_symile" in versions else "something else or an older version"
+    if lacking: raise DataError(f"path: {path} holds no run: {', '.join(lacking)} lacking; it was written by {writer}")
+    settings, objective = about["parameters"], about["objective"]
+    try:
+        standardiser, names = _from_json(about["inputs"]), [settings["target"], *settings["queries"]]
+        with torch.random.fork_rng(devices=[]):
+            model = make_model({name: len(standardiser.mean[name]) for name in names}, objective, settings["dim"],
+                               settings["encoder_options"], settings["objective_options"].get(objective, {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"path: {path} can't be made into a model here ({type(error).__name__}: {error}); it was written by {writer}") from error
+    load_weights(model, path)
+    return SavedRun(model.eval(), standardiser, about)
+
+# %% ../nbs/api/experiment.ipynb #ba59ec4f
+@patch
+def read(self:SavedRun,
+    data:str|Path|list, # `"mfeat"`, or a path to an `.npz` file, a folder or a list of tables
+    names:str|list[str]|None=None, # the modalities to read, such as those to ask by; `None`: all that the model has
+    id:str|None=None, # for tables: the column that names the rows; `None`: as in training
+) -> MultimodalDataset: # standardised as the training rows were; rows in which none of these modalities is present are left out
+    "New rows, as the model wants them; `MissingError` for a modality that isn't there, errors of `load_tabular` and of `Standardiser`."
+    names = self.model.names if names is None else checked_names(names, self.model.names)
+    id = id or self.about["parameters"].get("data_options", {}).get("id", "id")
+    try: rows = mfeat(names) if data == "mfeat" else load_tabular(data, id=id, names=names)
+    except UnknownNameError as error:
+        raise MissingError(f"data lacks a modality of the model, which has {', '.join(map(repr, self.model.names))} ({error}); "
+                           "to go without it, name those to be read") from error
+    if rows.present is not None and not (some := rows.present.any(1)).all():
+        empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
+        warnings.warn(f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}", stacklevel=2)
+        rows = rows[some]
+    return self.standardiser(rows)
+
+# %% ../nbs/api/experiment.ipynb #1587707b
+def rank_files(
+    weights:str|Path|None, # as `save_runs` leaves them in `weights/`
+    data:str|Path|list, # the rows to ask by: as in `SavedRun.read`
+    bank:str|Path|list|None=None, # the candidates: a path that holds the target; `None`: those in `data`
+    queries:list[str]|None=None, # the modalities to ask by; `None`: all that the model asks by
+    k:int=10, # how many candidates to name for each row
+    id:str|None=None, # for tables: the column that names the rows; `None`: as in training
+    out:str|Path="runs/rank", # folder of the result
+) -> pd.DataFrame: # `query` (id or row), `rank` from 1, `candidate` (id or row of the bank), `score`
+    "Rank candidates for each new row, and save that as `ranked.csv` and `ranked.parquet`; errors of `load_run`, `SavedRun.read`, `retrieve`, `open_folder`."
+    if weights is None: raise MissingError("weights: give the file of weights that an experiment has saved")
+    folder, saved = open_folder(out), load_run(weights)
+    asked = saved.read(data, saved.queries if queries is None else queries, id)
+    ranked = retrieve(saved.model, asked, saved.read(data if bank is None else bank, saved.target, id), saved.target, k)
+    write_atomically(folder/"ranked.csv", ranked.to_csv(index=False).encode())
+    write_atomically(folder/"ranked.parquet", ranked.to_parquet(index=False))
+    return ranked
 
 # %% ../nbs/api/experiment.ipynb #52315f73
 def accuracy_table(

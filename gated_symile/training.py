@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MultimodalModel', 'teaching_rows', 'ranking_rows', 'rank_dataset', 'schedule_free', 'near_equal_batches', 'fit',
-           'write_atomically', 'save_model', 'load_weights']
+           'write_atomically', 'save_model', 'read_metadata', 'load_weights']
 
 # %% ../nbs/api/training.ipynb #1d9b64c0
-import json, os, time, warnings
-from contextlib import suppress
+import json, time, warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from schedulefree import AdamWScheduleFree
 from torch import nn, Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_range, fill_missing, generator, unit,
-                               DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, ShapeError, UnknownNameError)
+from .core import (check_finite, check_name, check_range, fill_missing, generator, unit, whole_file,
+                               DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
 from .retrieval import evaluating, rank_in_banks, Ranks
@@ -300,15 +300,7 @@ def write_atomically(
     content:bytes, # all of it
 ):
     "Write a file that is either whole or not there; `OutputError` if it can't be written."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error: raise OutputError(f"path: {path} can't be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError): part.unlink()
+    with whole_file(path) as file: file.write(content)
 
 # %% ../nbs/api/training.ipynb #f4d39ff4
 def save_model(
@@ -322,20 +314,26 @@ def save_model(
     write_atomically(path, save(weights, {"gated_symile": about}))
 
 # %% ../nbs/api/training.ipynb #4a1b1c45
-def _read_weights(path):
-    "Tensors and what `save_model` wrote beside them; `FileNotFoundError`, or `DataError` for another kind of file."
+@contextmanager
+def _opened(path):
+    "A safetensors file and what `save_model` wrote beside its tensors; `FileNotFoundError`, or `DataError` for another kind of file."
     if not Path(path).is_file(): raise FileNotFoundError(f"path: no file {path}")
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("gated_symile", "{}"))
+        with safe_open(path, "pt") as file: yield file, json.loads((file.metadata() or {}).get("gated_symile", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error: raise DataError(f"path: {path} is not a whole safetensors file: {error}") from error
+
+def read_metadata(
+    path:str|Path, # a file written by `save_model`
+) -> dict: # the metadata it was saved with; empty for a safetensors file from elsewhere
+    "What is known of saved weights, without reading them; `FileNotFoundError`, or `DataError` for another kind of file."
+    with _opened(path) as (_, about): return about.get("metadata", {})
 
 def load_weights(
     model:MultimodalModel, # of the same make; its weights are replaced
     path:str|Path, # a file written by `save_model`
 ) -> dict: # the metadata it was saved with
     "Load weights into a model; `FileNotFoundError`, or `DataError` that says what doesn't fit, and then nothing has been changed."
-    weights, about = _read_weights(path)
+    with _opened(path) as (file, about): weights = {name: file.get_tensor(name) for name in file.keys()}
     own = model.state_dict()
     wrong = [f"modalities {about['names']} in the file, {model.names} in the model"] if about.get("names", model.names) != model.names else []
     wrong += [f"{name} is missing in the file" for name in own if name not in weights]

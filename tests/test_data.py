@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import random
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -155,6 +157,57 @@ def test_standardise_uses_the_training_rows_alone(seed):
             here = before.is_present(name)
             torch.testing.assert_close(after.modalities[name][here], expected[here], atol=1e-4, rtol=1e-4)
             assert after.modalities[name][~here].isnan().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_rows_that_come_later_are_standardised_as_if_they_had_been_there(seed):
+    "Bit for bit, whatever their number, and whichever modalities they bring."
+    train, test = make(seed, 30), make(seed + 1, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scaled, together = standardise(train, test)
+        assert together.standardised is scaled.standardised is scaled[:3].select(train.names[0]).standardised
+        later = scaled.standardised(test)
+        for name in test.names:
+            assert same(later.modalities[name], together.modalities[name])
+            here = test.is_present(name).nonzero().flatten()[:1]
+            if len(here): assert same(scaled.standardised(test.select(name)[here]).modalities[name], together.modalities[name][here])
+    for again in (later, scaled):
+        with pytest.raises(DataError, match="standardised before"): scaled.standardised(again)
+
+
+@pytest.mark.parametrize("columns, error, words", [
+    (["x", "y"], None, ""), (None, None, ""), (("x", "y"), None, ""),
+    (["y", "x"], DataError, "other order, first 'y' where there was 'x'"),
+    (["x", "z"], DataError, r"lacks \['y'\], has instead \['z'\]"),
+    (["x", "y", "z"], ShapeError, r"'a' has 2 columns in train but 3 here: has instead \['z'\]"),
+    (["x"], ShapeError, r"'a' has 2 columns in train but 1 here: lacks \['y'\]")])
+def test_columns_have_to_be_those_of_the_training_rows(columns, error, words):
+    train = MultimodalDataset({"a": torch.tensor([[1., 2], [3, 5]])}, columns={"a": ["x", "y"]})
+    rows = MultimodalDataset({"a": torch.ones(4, len(columns or "ab"))}, columns=columns and {"a": columns})
+    for act in (lambda: standardise(train, rows), lambda: standardise(train)[0].standardised(rows)):
+        if error is None: act()
+        else:
+            with pytest.raises(error, match=words): act()
+
+
+def test_another_unit_is_noticed():
+    train = MultimodalDataset({"a": torch.randn(100, 3, generator=generator(0))}, columns={"a": ["x", "y", "z"]})
+    how = standardise(train)[0].standardised
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        how(replace(train[:1])); how(replace(train, modalities={"a": train.modalities["a"] + 4}))
+    with pytest.warns(UserWarning, match=r"a: 1 of 3 columns .* such as \['y'\]"):
+        how(MultimodalDataset({"a": torch.tensor([[0., 1000, 0]])}, columns=train.columns))
+    with pytest.warns(UserWarning, match=r"a: 2 of 3 columns .* such as \[1, 2\]"): how(MultimodalDataset({"a": torch.tensor([[0., 1000, -20]])}))
+
+
+def test_names_of_columns_follow_the_modalities():
+    data = MultimodalDataset({"a": torch.ones(4, 2), "b": torch.ones(4, 1)}, columns={"a": ["x", "y"], "b": ["z"]})
+    assert data.select(["b", "a"])[1:3].columns == {"b": ["z"], "a": ["x", "y"]} and data.select("b").split((0.5, 0.5))[0].columns == {"b": ["z"]}
+    assert corrupt_one(data, ["a"], 1., Swap(), generator(0)).columns == data.columns
+    with pytest.raises(ShapeError, match="must name each of the 2 columns, got 1"): replace(data, columns={"a": ["x"]})
 
 
 # Synthetic-XNOR

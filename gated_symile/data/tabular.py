@@ -74,28 +74,29 @@ def _read_frame(path, id):
     return frame.set_axis(frame.columns.map(str), axis=1)
 
 def _read_table(path, id):
-    "One Parquet or CSV file: ids and a float32 matrix."
+    "One Parquet or CSV file: ids, a float32 matrix, and the names of its columns."
     frame = _read_frame(path, id)
     if id not in frame.columns:
         raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
-                        "give the name of the one that holds the ids as `id`")
+                        "give the name of the one that holds the ids as `id` (to the experiment: data_options: {id: ...})")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
-    return _checked_ids(frame[id], path.name), _features(frame.drop(columns=id), path.name)
+    ids, features = _checked_ids(frame[id], path.name), frame.drop(columns=id)
+    return ids, _features(features, path.name), features.columns.tolist()
 
 # %% ../../nbs/api/data/tabular.ipynb #3d2f2b5d
 def _join(tables):
-    "Outer join of `{name: (ids, matrix)}`; `DataError` for a table that shares no id with any other."
-    for name, (ids, _) in tables.items():
-        others = {other: found for other, (found, _) in tables.items() if other != name}
+    "Outer join of `{name: (ids, matrix, columns)}`; `DataError` for a table that shares no id with any other."
+    for name, (ids, *_) in tables.items():
+        others = {other: found for other, (found, *_) in tables.items() if other != name}
         if others and not set(ids) & set().union(*others.values()):
             samples = "; ".join(f"{other} has {found[:3]}" for other, found in list(others.items())[:3])
             raise DataError(f"the ids of {name!r} join with no other table: {name} has {ids[:3]}; {samples}")
-    union = {id: row for row, id in enumerate(dict.fromkeys(id for ids, _ in tables.values() for id in ids))}
+    union = {id: row for row, id in enumerate(dict.fromkeys(id for ids, *_ in tables.values() for id in ids))}
     modalities = {}
-    for name, (ids, x) in tables.items():
+    for name, (ids, x, _) in tables.items():
         modalities[name] = x.new_full((len(union), x.shape[1]), torch.nan)
         modalities[name][[union[id] for id in ids]] = x
-    return MultimodalDataset(modalities, ids=list(union))
+    return MultimodalDataset(modalities, ids=list(union), columns={name: columns for name, (*_, columns) in tables.items()})
 
 # %% ../../nbs/api/data/tabular.ipynb #d4421edc
 def _stored_array(stored, name, where):
@@ -149,7 +150,7 @@ def load_tabular(
     source:str|Path|list, # an `.npz` file; a folder; or a list of `.parquet` / `.csv` files (or one of them): a file's stem names its modality
     id:str="id", # the column (in `.npz` the array, if there is one) that names the rows
     names:list[str]|None=None, # the modalities to read, in this order; `None`: all
-) -> MultimodalDataset: # every id that occurs anywhere, NaN where it has no entry, `ids` as text
+) -> MultimodalDataset: # every id that occurs anywhere, NaN where it has no entry, `ids` as text; of tables the names of the `columns`
     "Read a person's tables; `FileNotFoundError`, `DataError`, `DtypeError`, `ShapeError`, `NonFiniteError`, `UnknownNameError` say what and where."
     paths = source if isinstance(source, (list, tuple)) else [source]
     other = [path for path in paths if not isinstance(path, (str, Path))]
