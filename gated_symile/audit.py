@@ -126,6 +126,12 @@ def _sign_test(worse, better):
 
 def _listed(words): return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
+def _change(name, line, top):
+    "What one kind of corruption does."
+    ends, way = sorted([abs(100*line.low), abs(100*line.high)]), "falls" if line.cost > 0 else "rises"
+    return (f"With `{name}` {line.kind}, {top} {way} by {abs(100*line.cost):.0f} points [{ends[0]:.0f}, {ends[1]:.0f}], "
+            f"from {line.untouched:.2f} to {line.value:.2f} in {line.n} rows")
+
 def _sentence(name, lines):
     "The cost to sort by, and what is to be said of one modality, given the lines of its audit."
     measured = [line for line in lines if line.n > 0]
@@ -136,11 +142,10 @@ def _sentence(name, lines):
         rows = " to ".join(str(n) for n in sorted({min(line.n for line in measured), max(line.n for line in measured)}))
         return 0., (f"With `{name}` {_listed([line.kind for line in measured])}, no effect on {top} ({measured[0].untouched:.2f}) "
                     f"could be seen in {rows} rows.")
-    worst = max(seen, key=lambda line: line.cost)
-    ends, way = sorted([abs(100*worst.low), abs(100*worst.high)]), "falls" if worst.cost > 0 else "rises"
+    worst, best = max(seen, key=lambda line: line.cost), min(seen, key=lambda line: line.cost)
     veto = f": almost none is found without a good `{name}`" if worst.value - worst.chance <= 0.1*(worst.untouched - worst.chance) else ""
-    return worst.cost, (f"With `{name}` {worst.kind}, {top} {way} by {abs(100*worst.cost):.0f} points [{ends[0]:.0f}, {ends[1]:.0f}], "
-                        f"from {worst.untouched:.2f} to {worst.value:.2f} in {worst.n} rows{veto}.")
+    gain = f" {_change(name, best, top)}: these rows are better off without it." if best.cost < 0 < worst.cost else ""
+    return worst.cost, f"{_change(name, worst, top)}{veto}.{gain}"
 
 # %% ../nbs/api/audit.ipynb #431e128a
 def verdict(
