@@ -320,12 +320,13 @@ def collect(
     out:str|Path="runs/sweep", # as in `run_part`
     record:str|Path="nbs/results", # as in `run_part`; written to
 ) -> pd.DataFrame: # the record, of all runs that are planned and done
-    "Put the parts of a stage into its record, `<record>/<stage>.parquet`; what is no longer planned is left out."
+    "Put the runs of a stage, finished parts or not, into its record, `<record>/<stage>.parquet`; what is no longer planned is left out."
     plan, old = Plan.load(plan), read_record(Path(record)/f"{stage}.parquet")
     tuning, tables = read_record(Path(record)/"tuning.parquet"), []
     for data, objective in plan.stages[stage].pairs:
-        made = read_record(Path(out)/stage/data/f"{objective}.parquet")
         runs = runs_of(plan, stage, data, objective, tuning) or []
+        files = [Path(out)/stage/data/objective/run.file() for run in runs]
+        made = pd.concat([read_record(file) for file in files if file.is_file()] or [old.head(0)], ignore_index=True)
         have = recorded(runs, made)
         tables += [lines_of([r for r, new in zip(runs, have) if new], made), lines_of([r for r, new in zip(runs, have) if not new], old)]
     table = pd.concat([t for t in tables if len(t)] or [old.head(0)], ignore_index=True)
