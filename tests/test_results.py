@@ -13,7 +13,7 @@ from gated_symile.sweep import COLUMNS, KEY, lines_of, Plan, PlannedRun, read_re
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
-RECORDS = sorted(p for p in RESULTS.glob("*.parquet") if p.stem != "demo")
+RECORDS = sorted(RESULTS.glob("*.parquet"))
 PAGES = sorted(RESULTS.glob("*.ipynb"))
 
 
