@@ -45,6 +45,19 @@ def test_stale_cells_are_found_and_others_left_alone(tmp_path):
     assert done.stderr.count("is saved with") == 2 and "saved with\n7\nbut now gives\n6" in done.stderr and "gives\n'never saved'" in done.stderr
 
 
+def test_what_follows_a_training_may_differ_but_not_vanish(tmp_path):
+    new, out = nbformat.v4, nbformat.v4.new_output
+    train = "import torch\nx = torch.zeros(1, requires_grad=True); x.sum().backward(); torch.optim.SGD([x], 1.).step();"
+    cells = [new.new_code_cell(train), *(new.new_code_cell(source, outputs=[out("execute_result", data={"text/plain": "'found 0.61'"})]) for source in ("'lost 0.32'", ""))]
+    def run(cells):
+        nbformat.write(new.new_notebook(cells=cells), tmp_path/"page.ipynb")
+        return subprocess.run([sys.executable, "tools/fresh.py", str(tmp_path/"page.ipynb")], cwd=ROOT, capture_output=True, text=True)
+    first, both, untrained = run(cells[:2]), run(cells), run(cells[1:2])
+    assert first.returncode == 0 and "cell 2: differs after training" in first.stdout
+    assert both.returncode == 1 and "saved with\n'found 0.61'\nbut now gives\n\n" in both.stderr
+    assert untrained.returncode == 1
+
+
 def test_a_broken_cell_is_found(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1/0")]), tmp_path/"page.ipynb")
     done = subprocess.run([sys.executable, "tools/fresh.py", str(tmp_path/"page.ipynb")], cwd=ROOT, capture_output=True, text=True)
