@@ -116,6 +116,7 @@ def open_source(
     if data == "xnor": return Source(["A", "B", "C"], _xnor_splits, "A", bank_size=128)
     if data == "mfeat": return _mfeat_source()
     if isinstance(data, str) and not Path(data).suffix and not Path(data).exists():
+        if Path(data).name != data: raise UnknownNameError(f"data: there is no file or folder {data!r}")
         check_name("data", data, ["mfeat", "xnor", "a path to an .npz file", "to a folder of tables"])
     return _dataset_source(load_tabular(data, id=id))
 

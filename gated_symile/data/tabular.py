@@ -32,6 +32,11 @@ def _checked_ids(ids, where):
     return text.tolist()
 
 # %% ../../nbs/api/data/tabular.ipynb #f57a9c58
+def _not_a_number(column):
+    "An example: the first text that is no number, or else the first value."
+    values = column.dropna()
+    return next((x for x in values if isinstance(x, str) and pd.isna(pd.to_numeric(x, errors="coerce"))), values.iloc[0])
+
 def _features(frame, where):
     "The columns as a float32 matrix; names those that hold no numbers, infinity, or nothing to be called by."
     if frame.shape[1] == 0: raise DataError(f"{where}: no columns besides the id")
@@ -41,7 +46,8 @@ def _features(frame, where):
     frame = frame.assign(**frame[objects].convert_dtypes()) if len(objects) else frame     # yes and no with holes, say
     other = [c for c, dtype in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
     text = [c for c in other if frame[c].notna().any()]
-    if text: raise DtypeError(f"{where}: {len(text)} columns hold no numbers, such as {text[:5]}; turn them into numbers or leave them out")
+    if text: raise DtypeError(f"{where}: {len(text)} columns hold no numbers, such as {text[:5]} ({_not_a_number(frame[text[0]])!r}); "
+                              "turn them into numbers or leave them out")
     values = frame.assign(**dict.fromkeys(other, np.nan)).to_numpy(dtype="float64", na_value=np.nan)
     with np.errstate(over="ignore"): values = values.astype("float32")
     infinite = frame.columns[np.isinf(values).any(0)].tolist()
@@ -77,6 +83,7 @@ def _read_table(path, id):
     "One Parquet or CSV file: ids, a float32 matrix, and the names of its columns."
     frame = _read_frame(path, id)
     if id not in frame.columns:
+        if frame.shape[1] == 1 and ";" in frame.columns[0]: raise DataError(f"{path.name}: its columns are separated by ';', commas are expected")
         raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
                         "give the name of the one that holds the ids as `id` (to the experiment: data_options: {id: ...})")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
@@ -91,6 +98,8 @@ def _join(tables):
         if others and not set(ids) & set().union(*others.values()):
             samples = "; ".join(f"{other} has {found[:3]}" for other, found in list(others.items())[:3])
             raise DataError(f"the ids of {name!r} join with no other table: {name} has {ids[:3]}; {samples}")
+        if others and (shared := len(set(ids) & set().union(*others.values()))) < len(ids) / 10:
+            warnings.warn(f"load_tabular: only {shared} of the {len(ids)} ids of {name!r} are in another table, such as {ids[:3]}; are they written alike?", stacklevel=4)
     union = {id: row for row, id in enumerate(dict.fromkeys(id for ids, *_ in tables.values() for id in ids))}
     modalities = {}
     for name, (ids, x, _) in tables.items():
