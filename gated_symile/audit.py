@@ -154,8 +154,10 @@ def verdict(
     "What an audit says in words, and no more than its rows can bear; `DataError` for another table."
     lacking = [c for c in _COLUMNS if c not in table]
     if lacking or table.empty: raise DataError(f"table must come from an audit; it has no {', '.join(map(repr, lacking)) or 'lines'}")
-    if (table["untouched"] <= 2*table["chance"]).all():
-        return f"- Untouched, {table['untouched'].iloc[0]:.3f} are found, and {table['chance'].iloc[0]:.3f} by chance: there is nothing to lose, and nothing is said of the modalities."
+    measured = table[table["n"] > 0]
+    if len(measured) and (measured["untouched"] <= 2*measured["chance"]).all():
+        return (f"- Untouched, {measured['untouched'].iloc[0]:.3f} are found, and {measured['chance'].iloc[0]:.3f} by chance: "
+                "there is nothing to lose, and nothing is said of the modalities.")
     judged = [_sentence(name, list(lines.itertuples())) for name, lines in table.groupby("modality", sort=False)]
     return "\n".join(f"- {sentence}" for _, sentence in sorted(judged, key=lambda j: -j[0]))
 

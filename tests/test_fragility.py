@@ -157,7 +157,7 @@ def test_a_constant_score_is_at_chance_and_cannot_be_hurt(M, target, k, bank_siz
     size = 150 if bank_size is None else 150/(150//bank_size)
     assert measured[["untouched", "value", "chance"]].to_numpy() == pytest.approx(k/size)
     assert (measured[["cost", "low", "high", "worse", "better"]] == 0).all().all()
-    assert verdict(table).count("no effect") == M-1
+    assert "nothing to lose" in verdict(table)
 
 
 @pytest.mark.parametrize("ignored", [1, 2])
