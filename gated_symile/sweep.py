@@ -139,7 +139,7 @@ class Stage:
     "One part of a plan."
     objectives:list # class names
     data:list # as in `RetrievalConfig`
-    p:list # probabilities of corruption
+    p:list|dict # probabilities of corruption; a dict has them for each data set
     seeds:list # of data, weights and training
     draws:int=0 # variants drawn from the search space; 0: none
     variants:dict=field(default_factory=lambda: {"chosen": {}}) # name -> settings
@@ -149,9 +149,14 @@ class Stage:
 
     def __post_init__(self):
         for name in self.objectives: check_name("objectives", name, OBJECTIVES)
-        for p in self.p: check_range("p", p, 0, 1)
+        for data in self.data:
+            for p in self.p_of(data): check_range("p", p, 0, 1)
 
     pairs = property(lambda self: list(product(self.data, self.objectives)), doc="Data sets and objectives.")
+
+    def p_of(self, data):
+        "The probabilities of one data set; `UnknownNameError` if a dict doesn't have it."
+        return self.p[check_name("p", data, self.p)] if isinstance(self.p, dict) else self.p
 
     def all_variants(self):
         "Name -> settings, but for draws."
@@ -204,7 +209,7 @@ def planned(
     space = plan.space | plan.own_space.get(objective, {})
     variants = {f"{i:02}": draw_settings(space, objective, i) for i in range(part.draws)} or part.all_variants()
     return [PlannedRun(stage, data, objective, name, float(p), seed, common | settings)
-            for name, settings in variants.items() for p in part.p for seed in part.seeds]
+            for name, settings in variants.items() for p in part.p_of(data) for seed in part.seeds]
 
 # %% ../nbs/api/sweep.ipynb #7aa41fab
 def read_record(
@@ -271,8 +276,9 @@ def progress_table(
     tuning, lines = read_record(Path(folder)/"tuning.parquet"), []
     for stage, part in plan.stages.items():
         record = read_record(Path(folder)/f"{stage}.parquet")
-        count = (part.draws or len(part.all_variants())) * len(part.p) * len(part.seeds)
+        variants = part.draws or len(part.all_variants())
         for data, objective in part.pairs:
+            count = variants * len(part.p_of(data)) * len(part.seeds)
             here = record[(record["data"] == data) & (record["objective"] == objective)]
             lines.append((stage, data, objective, count, sum(recorded(runs_of(plan, stage, data, objective, tuning) or [], here))))
     return pd.DataFrame(lines, columns=["stage", "data", "objective", "planned", "recorded"])
