@@ -195,6 +195,7 @@ class RetrievalConfig:
             raise UnknownNameError(f"target: has to be named for data of your own, one of {', '.join(map(repr, source.names))}")
         self.target = check_name("target", self.target or source.target, source.names)
         others = [n for n in source.names if n != self.target]
+        if not others: raise MissingError(f"data: there is nothing to find {self.target!r} by; give a table for each modality, two at least")
         usual = [n for n in source.queries if n != self.target] or others
         self.queries = [check_name("queries", n, others) for n in (usual if self.queries is None else _as_list("queries", self.queries, (str,)))]
 
@@ -408,6 +409,7 @@ def load_run(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"path: {path} can't be made into a model here ({type(error).__name__}: {error}); it was written by {writer}") from error
     load_weights(model, path)
+    model.standardiser = standardiser
     return SavedRun(model.eval(), standardiser, about)
 
 # %% ../nbs/api/experiment.ipynb #ba59ec4f
@@ -422,8 +424,8 @@ def read(self:SavedRun,
     id = id or self.about["parameters"].get("data_options", {}).get("id", "id")
     try: rows = mfeat(names) if data == "mfeat" else load_tabular(data, id=id, names=names)
     except UnknownNameError as error:
-        raise MissingError(f"data lacks a modality of the model, which has {', '.join(map(repr, self.model.names))} ({error}); "
-                           "to go without it, name those to be read") from error
+        raise MissingError(f"data lacks a modality of {', '.join(map(repr, names))} ({error}); the model can go without some of those it asks by: "
+                           "name those there are (`names`, of the template `queries`)") from error
     if rows.present is not None and not (some := rows.present.any(1)).all():
         empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
         warnings.warn(f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}", stacklevel=2)

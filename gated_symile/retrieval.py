@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'STATISTICS', 'FILED', 'top_k', 'Ranks', 'rank_true', 'bank_slices', 'rank_in_banks', 'bootstrap_interval',
-           'metrics', 'evaluating', 'Bank', 'encode_bank', 'retrieve', 'load_bank', 'save_bank']
+           'metrics', 'evaluating', 'check_inputs', 'Bank', 'encode_bank', 'retrieve', 'load_bank', 'save_bank']
 
 # %% ../nbs/api/retrieval.ipynb #425f00f3
 import math
@@ -316,12 +316,23 @@ def evaluating(
         for module, mode in modes: module.training = mode
 
 # %% ../nbs/api/retrieval.ipynb #b80d982e
+def check_inputs(
+    model:nn.Module, # any; one that knows its `standardiser` wants rows that it made
+    dataset:MultimodalDataset, # what the model is to encode
+):
+    "`DataError` for rows as they were read where the model was trained on standardised ones."
+    if getattr(model, "standardiser", None) is not None and dataset.standardised is None:
+        raise DataError(f"the rows of {', '.join(map(repr, dataset.names))} are as they were read, and the model was trained on standardised ones: "
+                        "give it model.standardiser(dataset), or read files by the saved run's `read`")
+
+# %% ../nbs/api/retrieval.ipynb #70ce0399
 def _as_dataset(rows, name):
     "Rows of one modality as a dataset; errors of `MultimodalDataset`, `UnknownNameError` if the modality isn't there."
     return MultimodalDataset({name: rows}) if isinstance(rows, Tensor) else rows.select(name)
 
 def _encoded_blocks(model, dataset, name, block_size, progress=False):
     "The first row and the embeddings of one block of rows after the other, from the model's device."
+    check_inputs(model, dataset)
     device = next((p.device for p in model.parameters()), dataset.device)
     rows, here = dataset.modalities[name], dataset.is_present(name)
     starts = range(0, len(rows), _check_whole("block_size", block_size, 1))
@@ -374,8 +385,12 @@ def _ask(model, queries, target, block_size):
     encoded = {name: _encoded(model, queries, name, block_size) for name in queries.names if name != target}
     if not encoded: raise MissingError(f"queries: there is nothing but the target, {target!r}")
     absent = torch.zeros_like(next(iter(encoded.values())))
-    there = [queries.is_present(name) if name in queries.names else torch.zeros(len(queries), dtype=torch.bool) for name in model.names]
-    return [encoded.get(name, absent) for name in model.names], torch.stack([x.to(absent.device) for x in there], 1)
+    present = torch.stack([queries.is_present(name) if name in queries.names else torch.zeros(len(queries), dtype=torch.bool) for name in model.names], 1)
+    empty = (~present[:, [name in encoded for name in model.names]].any(1)).nonzero().flatten().tolist()
+    if empty:
+        such = [i if queries.ids is None else queries.ids[i] for i in empty[:5]]
+        raise MissingError(f"queries: {len(empty)} of {len(queries)} rows have nothing but perhaps the target, such as {such}; leave them out")
+    return [encoded.get(name, absent) for name in model.names], present.to(absent.device)
 
 def retrieve(
     model:nn.Module, # with `names`, `encode_modality(name, x, present) -> (rows, D)` and `objective.score`

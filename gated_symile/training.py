@@ -25,7 +25,7 @@ from .core import (check_finite, check_name, check_range, fill_missing, generato
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
-from .retrieval import evaluating, rank_in_banks, Ranks
+from .retrieval import check_inputs, evaluating, rank_in_banks, Ranks
 
 # %% ../nbs/api/training.ipynb #05c22776
 class MultimodalModel(nn.Module):
@@ -40,6 +40,7 @@ class MultimodalModel(nn.Module):
             if not isinstance(encoder, nn.Module): raise DtypeError(f"encoders[{name!r}] must be a module, got {type(encoder).__name__}")
         self.encoders = nn.ModuleList(encoders.values()) # a list: the keys of a ModuleDict can't be any name ("lab.v2", "type")
         self.names, self.objective = list(encoders), objective
+        self.standardiser = None # of the rows it was trained on, where that is known: `load_run` knows it
 
 # %% ../nbs/api/training.ipynb #5c2f3406
 @patch
@@ -62,6 +63,7 @@ def _unpack(self:MultimodalModel, batch, present):
     lacking = [name for name in self.names if name not in names]
     if lacking: raise MissingError(f"batch lacks {', '.join(map(repr, lacking))}; it has {', '.join(map(repr, names))}")
     if not isinstance(batch, MultimodalDataset): return batch, present
+    check_inputs(self, batch)
     return batch.modalities, batch.select(self.names).present if present is None else present
 
 @patch

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from gated_symile import (audit, generator, GatedSymile, load_weights, MLP, ModalityGate, MultimodalModel, retrieve,
+from gated_symile import (audit, encode_bank, generator, GatedSymile, load_tabular, load_weights, MLP, ModalityGate, MultimodalModel, rank_dataset, retrieve,
                           DataError, DtypeError, MissingError, OutputError, ShapeError)
 from gated_symile.experiment import load_run, OBJECTIVES, rank_files, RetrievalConfig, run_one, save_runs, split_data
 
@@ -201,7 +201,7 @@ def test_ids_under_another_name(a_run, tables, tmp_path):
 
 
 FITS_NOT = {
-    "a table is gone": (lambda f: None, MissingError, "lacks a modality of the model, which has 'image', 'blood test', 'text-note' .*'blood test' is unknown"),
+    "a table is gone": (lambda f: None, MissingError, "lacks a modality of 'image', 'blood test', 'text-note' .*'blood test' is unknown"),
     "a column less": (lambda f: f.drop(columns="blood test #2 (mg/l)"), ShapeError, r"'blood test' has 5 columns in train but 4 here: lacks \['blood test #2"),
     "a column more": (lambda f: f.assign(extra=1.), ShapeError, r"5 columns in train but 6 here: has instead \['extra'\]"),
     "another name": (lambda f: f.rename(columns={"blood test #2 (mg/l)": "x"}), DataError, r"lacks \['blood test #2 \(mg/l\)'\], has instead \['x'\]"),
@@ -230,6 +230,18 @@ def test_arrays_without_names_have_to_fit_in_number(a_run, tmp_path):
 def test_what_the_files_hold_is_scaled_once(a_run, tables):
     saved = load_run(a_run[1])
     with pytest.raises(DataError, match="standardised before"): saved.standardiser(quietly(saved.read, tables))
+
+
+def test_a_saved_model_refuses_rows_as_they_were_read(a_run, tables):
+    saved, raw = load_run(a_run[1]), quietly(load_tabular, tables, id="Patient ID")
+    for ask in (lambda: retrieve(saved.model, raw.select(saved.queries), raw, "image"), lambda: encode_bank(saved.model, raw.modalities["image"], "image"),
+                lambda: audit(saved.model, raw, "image"), lambda: rank_dataset(saved.model, raw, "image"), lambda: saved.model.embed(raw)):
+        with pytest.raises(DataError, match="as they were read"): ask()
+    assert len(saved.model.embed(quietly(saved.standardiser, raw))) == 3
+
+
+def test_one_table_is_nothing_to_find_it_by(tables):
+    with pytest.raises(MissingError, match="nothing to find 'image' by"): RetrievalConfig(data=[str(tables/"image.csv")], target="image", data_options={"id": "Patient ID"})
 
 
 def test_xnor_rows_are_used_as_they_are(tmp_path):

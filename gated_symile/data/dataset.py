@@ -214,6 +214,18 @@ def _tell_holes(several):
     filled = ", ".join(f"{name} {n} of {m}" for name, (n, m) in total.items() if n)
     if filled: warnings.warn(f"standardise: missing values filled with the training mean: {filled}", stacklevel=3)
 
+def _named(columns, name, places):
+    "The first three of the columns at these places, by name where they have one."
+    return [columns[name][place] if columns else place for place in places[:3]]
+
+def _tell_constant(how):
+    "Warn of columns that hold one value in all training rows."
+    for name, std in how.std.items():
+        if constant := (std == 0).nonzero().flatten().tolist():
+            warnings.warn(f"standardise: {name}: {len(constant)} of {len(std)} columns are constant in train, such as {_named(how.columns, name, constant)}: "
+                          "they say nothing, and rows to come may differ there", stacklevel=3)
+
+# %% ../../nbs/api/data/dataset.ipynb #01efd3fb
 def standardise(
     train:MultimodalDataset, # its present values give mean and standard deviation
     *others:MultimodalDataset, # validation, test, ...: any of the same modalities
@@ -225,6 +237,7 @@ def standardise(
     how = Standardiser({name: mean for name, (mean, _) in moments.items()}, {name: std for name, (_, std) in moments.items()}, train.columns)
     scaled, holes = zip(*(_standardised(dataset, how) for dataset in (train, *others)))
     _tell_holes(holes)
+    _tell_constant(how)
     return scaled
 
 # %% ../../nbs/api/data/dataset.ipynb #16c6b643
@@ -234,9 +247,8 @@ def _tell_far(scaled):
     "Warn of columns whose mean is far from that of the training rows."
     for name, x in scaled.modalities.items():
         far = (column_moments(x)[0].abs() > FAR).nonzero().flatten().tolist()
-        such = [(scaled.columns or {}).get(name, range(x.shape[1]))[column] for column in far[:3]]
         if far: warnings.warn(f"standardise: {name}: {len(far)} of {x.shape[1]} columns are on average more than {FAR} standard deviations from their mean in "
-                              f"train, such as {such}: is the unit the same?", stacklevel=3)
+                              f"train, such as {_named(scaled.columns, name, far)}: is the unit the same?", stacklevel=3)
 
 @patch
 def __call__(self:Standardiser,

@@ -25,7 +25,7 @@ def _checked_ids(ids, where):
     blank = ids.isna() | (ids.astype(str).str.strip() == "")
     if blank.any(): raise DataError(f"{where}: id missing in {blank.sum()} rows, the first at row {int(blank.to_numpy().argmax())}")
     if not (pd.api.types.is_integer_dtype(ids) or all(isinstance(value, str) for value in ids)):
-        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}")
+        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}; a hole among them turns whole numbers into others")
     text = ids.astype(str).str.strip()
     if text.duplicated().any():
         raise DataError(f"{where}: {text.duplicated().sum()} duplicate ids, such as {text[text.duplicated()].head(3).tolist()}; one row an id")
@@ -85,7 +85,7 @@ def _read_table(path, id):
     if id not in frame.columns:
         if frame.shape[1] == 1 and ";" in frame.columns[0]: raise DataError(f"{path.name}: its columns are separated by ';', commas are expected")
         raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
-                        "give the name of the one that holds the ids as `id` (to the experiment: data_options: {id: ...})")
+                        "give the name of the one that holds the ids as `id` (the retrieval template takes it in data_options: {id: ...})")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
     ids, features = _checked_ids(frame[id], path.name), frame.drop(columns=id)
     return ids, _features(features, path.name), features.columns.tolist()
@@ -141,11 +141,12 @@ def _read_npz(path, id, names):
 def _tables(source):
     "The Parquet and CSV files of a folder or a list; says what of a folder it passes over."
     if isinstance(source, Path):
-        visible = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        visible = sorted(path for path in source.iterdir() if not path.name.startswith((".", "~"))) # without those of an open editor
         files = [path for path in visible if path.is_file() and path.suffix.lower() in (".parquet", ".csv")]
         ignored = [path.name for path in visible if path not in files]
         if not files: raise DataError(f"{source} holds no .parquet or .csv file" + (f", only {ignored[:5]}" if ignored else ": it is empty"))
-        if ignored: warnings.warn(f"load_tabular: passed over in {source}: {', '.join(ignored[:5])}{' ...' if len(ignored) > 5 else ''}", stacklevel=3)
+        sheets = "; save a sheet as .csv to have it read" if any(name.endswith((".xlsx", ".xls")) for name in ignored) else ""
+        if ignored: warnings.warn(f"load_tabular: passed over in {source}: {', '.join(ignored[:5])}{' ...' if len(ignored) > 5 else ''}{sheets}", stacklevel=3)
     else: files = [Path(path) for path in source]
     for path in files:
         if not path.is_file(): raise FileNotFoundError(f"no such file: {path}")
