@@ -93,10 +93,17 @@ def both_ways_loop(scores, scale, present):
     return sum(losses) / len(losses)
 
 
-def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None):
+def diversity(embeddings, target, i, present=None):
+    "One minus the mean cosine of all pairs of query modalities of row i."
+    here = [m for m in range(len(embeddings)) if m != target and (present is None or present[i, m])]
+    cosines = [embeddings[a][i] @ embeddings[b][i] for a in here for b in here if a < b]
+    return 1 - sum(cosines)/len(cosines) if cosines else 1.
+
+
+def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None, by_diversity=False):
     "For one query and one candidate: subset of modalities, as a sorted tuple -> logit, counting through all binary numbers."
     c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
-    logits = {(): torch.tensor(null, dtype=c.dtype)}
+    logits, scale = {(): torch.tensor(null, dtype=c.dtype)}, scale * (diversity(embeddings, target, i, present) if by_diversity else 1)
     for bits in range(1, 2**len(queries)):
         subset = tuple(m for k, m in enumerate(queries) if bits >> k & 1)
         if len(subset) > (max_subset or len(queries)) or present is not None and not all(present[i, m] for m in subset): continue
