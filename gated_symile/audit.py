@@ -64,6 +64,7 @@ def _line(before, after, chance, seed):
     return dict(n=len(before), untouched=before.mean().item(), value=after.mean().item(), cost=(before - after).mean().item(), low=low, high=high,
                 worse=(after < before).sum().item(), better=(after > before).sum().item(), chance=chance.mean().item(), note="")
 
+# %% ../nbs/api/audit.ipynb #59d044b4
 _COLUMNS = ["metric", "modality", "kind", "n", "untouched", "value", "cost", "low", "high", "worse", "better", "chance", "note"]
 
 def _audit(embed, score, dataset, target, queries, k, kinds, bank_size, generator):

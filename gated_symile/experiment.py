@@ -155,6 +155,7 @@ def _as_list(argument, value, types):
     if not values: raise DtypeError(f"{argument} must not be empty")
     return values
 
+# %% ../nbs/api/experiment.ipynb #f43c7071
 @dataclass
 class RetrievalConfig:
     "Parameters of the retrieval experiment; errors name the parameter that is wrong and list what is allowed."

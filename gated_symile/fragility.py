@@ -106,6 +106,7 @@ def _gate_of(objective):
     if gate is None: raise MissingError(f"model.objective has no gate: {type(objective).__name__}")
     return gate
 
+# %% ../nbs/api/fragility.ipynb #d62106a9
 def _at_top(read, model, dataset, target, bank_size, block_size, block=128):
     "The dataset without rows that can't be ranked, names of its queries, and what `read` says of each row and its top-ranked candidate."
     gate = _gate_of(model.objective)

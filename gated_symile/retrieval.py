@@ -392,6 +392,7 @@ def _ask(model, queries, target, block_size):
         raise MissingError(f"queries: {len(empty)} of {len(queries)} rows have nothing but perhaps the target, such as {such}; leave them out")
     return [encoded.get(name, absent) for name in model.names], present.to(absent.device)
 
+# %% ../nbs/api/retrieval.ipynb #a02c6160
 def retrieve(
     model:nn.Module, # with `names`, `encode_modality(name, x, present) -> (rows, D)` and `objective.score`
     queries:MultimodalDataset|dict[str, Tensor], # raw query modalities, `(B, features)` each; a target among them is not looked at

@@ -306,6 +306,7 @@ def run_part(
     write_atomically(place.with_suffix(".parquet"), table.to_parquet(index=False))
     return table
 
+# %% ../nbs/api/sweep.ipynb #bec5bde1
 def write_choice(
     plan:str|dict|Plan, # as in `Plan.load`
     data:str, # on what
