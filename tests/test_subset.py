@@ -1,6 +1,5 @@
 "The mixture over subsets: the loop over subsets, its limits, what it may and may not see, and what it says about reliability."
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from oracles import diversity as oracle_diversity, info_nce_loop, subset_logits,
 sizes = st.tuples(st.integers(2, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)) # M, B, N, D
 options = st.fixed_dictionaries(dict(log_scale=st.sampled_from([-1., 0., 0.7]), penalty=st.sampled_from([-1., 0., 1., 2.5]),
                                      null=st.sampled_from([-math.inf, -1., 3.]), max_subset=st.sampled_from([None, 1, 2, 9]), by_diversity=st.booleans()))
-plain = partial(SubsetSymile, by_diversity=False) # whose limits are known
 seeds = st.integers(0, 2**16)
 
 
@@ -100,7 +98,7 @@ def test_a_negative_penalty_makes_it_symile(M, B, D, holes, seed):
     e, present = rows(M, B, D, seed), torch.ones(B, M, dtype=torch.bool)
     if holes and M > 2: present[torch.arange(B), torch.randint(M, (B,), generator=generator(seed))] = False
     assume((present.sum(0) > 1).any())
-    mixture, symile = plain(penalty=-200.).double(), Symile("candidates").double()
+    mixture, symile = SubsetSymile(penalty=-200.).double(), Symile("candidates").double()
     close(mixture(e, present), symile(e, present), 1e-8)
     size = present[:, 1:].sum(1, keepdim=True)
     if (size > 0).all(): close(mixture.score(e, 0, present) - 200*(size - 1), symile.score(e, 0, present), 1e-8)
@@ -111,21 +109,21 @@ def test_a_negative_penalty_makes_it_symile(M, B, D, holes, seed):
 def test_the_other_limits(size, seed):
     M, B, N, D = size
     _, e, target, _ = make(size, seed)
-    flat, n = plain(penalty=0.).double(), 2**(M - 1) - 1
-    close(plain(penalty=1e4).double().score(e, target), plain(max_subset=1).double().score(e, target))
+    flat, n = SubsetSymile(penalty=0.).double(), 2**(M - 1) - 1
+    close(SubsetSymile(penalty=1e4).double().score(e, target), SubsetSymile(max_subset=1).double().score(e, target))
     close(SubsetSymile(max_subset=1).double().score([e[target], e[target - 1]], 0), D**0.5 * PairwiseCLIP().score([e[target], e[target - 1]], 0))
     logits = [[[x.item() for s, x in subset_logits(e, target, i, j, 1., 0.).items() if s] for j in range(N)] for i in range(B)]
     logits = torch.tensor(logits, dtype=torch.float64)
     score = flat.score(e, target)
     assert (score >= logits.amax(-1) - 1e-9).all() and (score <= logits.amax(-1) + math.log(n) + 1e-9).all() # nobody has a veto
-    hard = plain(log_scale=4.6, penalty=0.).double()
+    hard = SubsetSymile(log_scale=4.6, penalty=0.).double()
     assert (hard.score(e, target)/hard.logit_scale() - logits.amax(-1)).abs().max() <= math.log(n)/90 + 1e-9   # a large scale: the best subset
 
 
 @pytest.mark.parametrize("M", [2, 3, 5])
 def test_a_small_scale_makes_it_the_mean(M):
     e = rows(M, 4, 6)
-    objective = plain(log_scale=-4.6, penalty=0.).double()
+    objective = SubsetSymile(log_scale=-4.6, penalty=0.).double()
     scale, n = objective.logit_scale(), 2**(M - 1) - 1
     mean = torch.tensor([[sum(x.item() for s, x in subset_logits(e, 0, i, j, 1., 0.).items() if s)/n for j in range(4)] for i in range(4)])
     assert ((objective.score(e, 0) - math.log(n))/scale - mean).abs().max() < 0.1
@@ -223,20 +221,20 @@ def test_a_candidate_is_judged_alone_and_null_reorders_nothing(size, options, se
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.booleans(), seeds)
 def test_diversity_is_a_scale_of_each_row(size, holes, seed):
-    objective, embeddings, target, present = make(size, seed, holes, dict(penalty=0.))
+    objective, embeddings, target, present = make(size, seed, holes, dict(penalty=0., by_diversity=True))
     filled = [e.detach().nan_to_num(0.) for e in embeddings]
     got = diversity(filled, target, present)
     close(got.tolist(), [float(oracle_diversity(filled, target, i, present)) for i in range(size[1])])
     assert (got >= -1e-9).all() and (got <= 2 + 1e-9).all()
-    scaled, logits = objective._logits(filled, target, present), plain(penalty=0.).double()._logits(filled, target, present)
+    scaled, logits = objective._logits(filled, target, present), SubsetSymile(penalty=0.).double()._logits(filled, target, present)
     close(scaled, torch.where(logits.isfinite(), got[:, None] * logits, logits))
 
 
 def test_equal_queries_have_no_scale_and_two_modalities_no_diversity():
     e = rows(3, 4, 6)
-    same = SubsetSymile(penalty=0.).double().score([e[0], e[1], e[1]], 0)
+    same = SubsetSymile(penalty=0., by_diversity=True).double().score([e[0], e[1], e[1]], 0)
     close(same, torch.full((4, 4), math.log(3), dtype=torch.float64))
-    close(SubsetSymile().double().score(e[:2], 0), plain().double().score(e[:2], 0))
+    close(SubsetSymile(by_diversity=True).double().score(e[:2], 0), SubsetSymile().double().score(e[:2], 0))
 
 
 @pytest.mark.parametrize("M, D, max_subset", [(8, 8192, 2), (8, 8192, None), (15, 64, 2), (3, 1, None)])

@@ -59,7 +59,7 @@ class SubsetSymile(nn.Module):
         penalty:float=1., # what each modality after the first costs a subset, in nats, at most 1e6 either way
         null:float=-math.inf, # logit of NULL, the empty subset, in nats; `-inf`: off
         max_subset:int|None=None, # size of the largest subset, at least 1; `None`: all `2**(M-1) - 1` of them
-        by_diversity:bool=True, # whether the scale of each row is multiplied by the `diversity` of its query; else all rows have the same
+        by_diversity:bool=False, # whether the scale of each row is multiplied by the `diversity` of its query
     ):
         super().__init__()
         if not isinstance(max_subset, int|None): raise DtypeError(f"max_subset must be a whole number or None, got {max_subset!r}")
