@@ -385,7 +385,8 @@ def _ask(model, queries, target, block_size):
     encoded = {name: _encoded(model, queries, name, block_size) for name in queries.names if name != target}
     if not encoded: raise MissingError(f"queries: there is nothing but the target, {target!r}")
     absent = torch.zeros_like(next(iter(encoded.values())))
-    present = torch.stack([queries.is_present(name) if name in queries.names else torch.zeros(len(queries), dtype=torch.bool) for name in model.names], 1)
+    nowhere = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    present = torch.stack([queries.is_present(name) if name in queries.names else nowhere for name in model.names], 1)
     empty = (~present[:, [name in encoded for name in model.names]].any(1)).nonzero().flatten().tolist()
     if empty:
         such = [i if queries.ids is None else queries.ids[i] for i in empty[:5]]

@@ -216,7 +216,8 @@ def _tell_holes(several):
 
 def _named(columns, name, places):
     "The first three of the columns at these places, by name where they have one."
-    return [columns[name][place] if columns else place for place in places[:3]]
+    known = (columns or {}).get(name)
+    return [known[place] if known else place for place in places[:3]]
 
 def _tell_constant(how):
     "Warn of columns that hold one value in all training rows."

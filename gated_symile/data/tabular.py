@@ -25,7 +25,7 @@ def _checked_ids(ids, where):
     blank = ids.isna() | (ids.astype(str).str.strip() == "")
     if blank.any(): raise DataError(f"{where}: id missing in {blank.sum()} rows, the first at row {int(blank.to_numpy().argmax())}")
     if not (pd.api.types.is_integer_dtype(ids) or all(isinstance(value, str) for value in ids)):
-        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}; a hole among them turns whole numbers into others")
+        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}; a hole in the column makes decimals of whole numbers")
     text = ids.astype(str).str.strip()
     if text.duplicated().any():
         raise DataError(f"{where}: {text.duplicated().sum()} duplicate ids, such as {text[text.duplicated()].head(3).tolist()}; one row an id")
