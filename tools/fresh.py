@@ -6,7 +6,7 @@ differently), and a figure where there was one. An output that speaks of time or
 What follows a training depends on every rounding of it, so on another processor it may differ: then that is told, and fails only where text or
 a figure came or went.
 """
-import os, re, sys, time
+import argparse, os, re, sys, time
 from html import unescape
 from pathlib import Path
 
@@ -82,4 +82,6 @@ def main(names):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", help="which to run; all that are tested, where none is named")
+    sys.exit(main(parser.parse_args().notebooks))

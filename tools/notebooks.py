@@ -3,7 +3,7 @@
 Exports the package, executes the notebooks in place (all, or those named; folders with a `.notest` file only when named), cleans
 them, and makes README.md. Stops at the first error and leaves that notebook as it was.
 """
-import os, sys
+import argparse, os, sys
 from pathlib import Path
 
 import readme
@@ -37,4 +37,6 @@ def main(names):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", help="which to run; all that are tested, where none is named")
+    sys.exit(main(parser.parse_args().notebooks))

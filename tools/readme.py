@@ -3,7 +3,7 @@
 Figures go to nbs/images/index_*; links are made relative to the top of the repository. `--check` writes nothing and exits with 1
 if README.md or a figure is not what the notebook gives.
 """
-import os, re, sys
+import argparse, os, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,4 +62,6 @@ def main(check=False):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(check="--check" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something differs")
+    sys.exit(main(parser.parse_args().check))

@@ -3,7 +3,7 @@
 Builds the source distribution, and of that the wheel, into `dist`. Installs the wheel into a fresh environment with the tested versions,
 and runs there, away from the repository, an import of every module and the example of README.md. A tag has to name the version.
 """
-import os, re, shutil, subprocess, sys, tempfile, venv
+import argparse, os, re, shutil, subprocess, sys, tempfile, venv
 from configparser import ConfigParser
 from pathlib import Path
 from zipfile import ZipFile
@@ -51,5 +51,7 @@ def main(tag=None):
 
 
 if __name__ == "__main__":
-    try: sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tag", nargs="?", help="such as v0.1.0; without one no version is checked")
+    try: sys.exit(main(parser.parse_args().tag))
     except subprocess.CalledProcessError as error: sys.exit(f"failed: {error}")
