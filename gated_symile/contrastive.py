@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .core import check_range, full_precision, MissingError
+from .core import check_range, MissingError, ShapeError
 from .mip import dvs, mip, query_product
 
 # %% ../nbs/api/contrastive.ipynb #007abd6f
@@ -25,9 +25,11 @@ def info_nce(
     logits:Tensor, # scaled scores `(B, B)`, the true pair of row i at `[i, i]`
     valid:Tensor|None=None, # bool `(B,)`: rows whose target is present; `None`: all
 ) -> Tensor: # mean cross-entropy of the valid rows among the valid candidates, a scalar
-    "InfoNCE with the true pairs on the diagonal (van den Oord et al. 2018, eq. 4)."
+    "InfoNCE with the true pairs on the diagonal (van den Oord et al. 2018, eq. 4); `ShapeError`, or `MissingError` where no row is valid."
+    if logits.ndim != 2 or len(logits) != logits.shape[1]: raise ShapeError(f"logits must be square, (B, B), got {tuple(logits.shape)}")
     truth = torch.arange(len(logits), device=logits.device)
     if valid is None: return F.cross_entropy(logits, truth)
+    if not valid.any(): raise MissingError("valid: no row is valid, so nothing can be contrasted")
     return F.cross_entropy(logits.masked_fill(~valid, -math.inf)[valid], truth[valid])
 
 # %% ../nbs/api/contrastive.ipynb #91fc768a
@@ -49,13 +51,11 @@ class LogitScale(nn.Module):
 
 # %% ../nbs/api/contrastive.ipynb #8e977b1a
 def candidate_scores(
-    embeddings:list[Tensor], # M tensors `(B, D)`
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
     target:int, # the modality that is replaced
-    generator:torch.Generator|None=None, # not used: nothing is random here
-) -> Tensor: # `(B, B)`: row i's queries with candidate j
+) -> Tensor: # `(B, N)`: row i's queries with candidate j
     "Scaled MIPs with negatives that replace the target alone."
-    scale = dvs(len(embeddings), embeddings[0].shape[1])
-    return scale * (query_product(embeddings, target) @ embeddings[target].T)
+    return dvs(len(embeddings), embeddings[0].shape[1]) * (query_product(embeddings, target) @ embeddings[target].T)
 
 # %% ../nbs/api/contrastive.ipynb #30ebda94
 STRUCK_OUT = -1e30 # a score that no softmax gives any weight
@@ -63,17 +63,21 @@ STRUCK_OUT = -1e30 # a score that no softmax gives any weight
 def shuffle_scores(
     embeddings:list[Tensor], # M tensors `(B, D)`
     target:int, # the anchor, which is kept
-    generator:torch.Generator|None=None, # source of the shuffles
+    present:Tensor|None=None, # bool `(B, M)`; absent rows of a modality all hold the same vector
+    generator:torch.Generator|None=None, # source of the shuffles, on the CPU
 ) -> Tensor: # `(B, B)`: anchor i with shuffled tuple j; on the diagonal the true rows; `STRUCK_OUT` where a true row came up elsewhere
     "Scaled MIPs with negatives that shuffle every modality but the anchor, in one draw of B tuples."
     B, D = embeddings[0].shape
     where = [torch.randperm(B, generator=generator).to(e.device) for e in embeddings] # the row each part of a tuple comes from
     scores = embeddings[target] @ query_product([e[rows] for e, rows in zip(embeddings, where)], target).T
-    rows = torch.stack([r for m, r in enumerate(where) if m != target])           # (M-1, B)
-    whole = (rows == rows[0]).all(0)                                              # tuples that are a true row
-    true = torch.eye(B, dtype=torch.bool, device=scores.device)
+    row = torch.arange(B, device=scores.device)
+    true = row[:, None] == row
+    repeats = ~true
+    for m, rows in enumerate(where):
+        part = row if present is None else torch.where(present[:, m], row, B)     # parts with the same number are equal
+        if m != target: repeats = repeats & (part[:, None] == part[rows])
     scores = dvs(len(embeddings), D) * torch.where(true, mip(embeddings)[:, None], scores)
-    return scores.masked_fill(whole & (rows[0] == torch.arange(B, device=scores.device)[:, None]) & ~true, STRUCK_OUT)
+    return scores.masked_fill(repeats, STRUCK_OUT)
 
 # %% ../nbs/api/contrastive.ipynb #cb0e169f
 NOTHING_TO_CONTRAST = "present: no modality is present in 2 rows, so nothing can be contrasted"
@@ -139,10 +143,10 @@ def shuffle_loss(
     generator:torch.Generator|None=None, # source of the shuffles; `None`: PyTorch's own
 ) -> Tensor: # a scalar
     "Symile's InfoNCE with B shuffled tuples as negatives for every anchor, averaged over the anchors."
-    return mean_over_targets(lambda t: scale * shuffle_scores(embeddings, t, generator), len(embeddings), present)
+    return mean_over_targets(lambda t: scale * shuffle_scores(embeddings, t, present, generator), len(embeddings), present)
 
 # %% ../nbs/api/contrastive.ipynb #ba00165d
-SLAB = 2**18 # entries of a work space, about: 1 MiB of float32
+SLAB = 2**18 # entries of a work space, about: 1 MiB of float32; at least one row of the cube, `B**2` entries
 
 def _slabs(x, y, z):
     "For each slab: its slice of `x`, the products `(P, B, D)`, and three spaces for scores, `(P, B, B)`; the next slab overwrites all."
@@ -231,18 +235,18 @@ class _CubeLogSums(torch.autograd.Function):
 def all_loss(
     embeddings:list[Tensor], # M tensors `(B, D)`
     scale:Tensor, # the contrastive scale, a scalar
-    present:Tensor|None=None, # bool `(B, M)`: an anchor counts where it is present
+    present:Tensor|None=None, # bool `(B, M)`; absent rows of a modality all hold the same vector, and are no anchors
     generator:torch.Generator|None=None, # not used: nothing is random here
 ) -> Tensor: # a scalar
     "Symile's InfoNCE with all `B**(M-1)` combinations as negatives (Saporta et al. 2024); needs memory for a few slabs and `(B**(M-2), D)` products."
     B, D, M = *embeddings[0].shape, len(embeddings)
-    present = torch.ones(B, M, dtype=torch.bool, device=embeddings[0].device) if present is None else present
-    valid = present.T & (present.sum(0) > 1)[:, None]                              # (M, B)
-    if not valid.any(): raise MissingError(NOTHING_TO_CONTRAST)
-    weights = valid.to(embeddings[0]) / valid.sum(1, keepdim=True).clamp_min(1) / valid.any(1).sum()
+    targets = contrasted(M, present)
+    there = [torch.ones(B, dtype=torch.bool, device=embeddings[0].device)] * M if present is None else present.unbind(1)
     factors = [*embeddings[:-1], embeddings[-1] * (scale * dvs(M, D))]
-    rows = reduce(lambda x, e: (x[:, None] * e).flatten(0, 1), factors[:-2], embeddings[0].new_ones(1, D)) # (B**(M-2), D)
-    outer, *last_two, shift = _CubeLogSums.apply(rows, *factors[-2:])
-    outer = outer.view([B] * (M - 2))
-    log_sums = [outer.movedim(m, 0).reshape(B, -1).logsumexp(1) for m in range(M - 2)] + last_two
-    return (weights * (torch.stack(log_sums) - (mip(factors) - shift))).sum()
+    parts = [e if here.all() else torch.cat([e[here], e[~here][:1]]) for e, here in zip(factors, there)]
+    rows = reduce(lambda x, e: (x[:, None] * e).flatten(0, 1), parts[:-2], embeddings[0].new_ones(1, D)) # (B**(M-2), D)
+    outer, *last_two, shift = _CubeLogSums.apply(rows, *parts[-2:])
+    outer, true = outer.view([len(part) for part in parts[:-2]]), mip(factors) - shift
+    log_sums = [outer.movedim(m, 0).reshape(len(parts[m]), -1).logsumexp(1) for m in range(M - 2)] + last_two
+    losses = [(log_sums[m][:int(there[m].sum())] - true[there[m]]).mean() for m in targets]
+    return torch.stack(losses).mean()

@@ -13,7 +13,7 @@ from gated_symile.gate import ModalityGate
 from gated_symile.mip import dvs, mip, mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
-from gated_symile.objectives.symile import Symile
+from gated_symile.objectives.symile import leave_out_missing, Symile
 from oracles import info_nce_loop, mip_loop, mip_scores_loop
 
 OBJECTIVES = {"PairwiseCLIP": lambda M, D: PairwiseCLIP(), "Symile shuffle": lambda M, D: Symile(),
@@ -78,19 +78,32 @@ def test_all_combinations_match_the_package(M, B, scale, safe_spread, kept_rows,
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 5), st.sampled_from([0.1, 3., 30.]), st.integers(0, 999))
 def test_all_combinations_are_the_loop(M, B, D, scale, seed):
-    "Anchors that are absent don't count, nor do modalities that one row alone has."
-    e = random_embeddings(M, B, D, seed=seed)
+    "Absent anchors don't count, nor do modalities that one row alone has; of the absent parts of a modality, which are alike, the loop takes one."
     present = torch.rand(B, M, generator=generator(seed)) < 0.8
     present[:2, 0] = True
-    scores = {rows: scale * dvs(M, D) * mip_loop([x[i] for x, i in zip(e, rows)]) for rows in product(range(B), repeat=M)}
+    e = leave_out_missing(random_embeddings(M, B, D, seed=seed), present)
+    parts = [[i for i in range(B) if present[i, m] or i == (~present[:, m]).nonzero().flatten()[0]] for m in range(M)]
+    score = lambda rows: scale * dvs(M, D) * mip_loop([x[i] for x, i in zip(e, rows)])
+    scores = {rows: score(rows) for rows in product(*parts)}
     losses = []
     for m in range(M):
         anchors = present[:, m].nonzero().flatten().tolist()
         if len(anchors) < 2: continue
         sums = {i: sum(math.exp(score) for rows, score in scores.items() if rows[m] == i) for i in anchors}
-        losses.append(sum(math.log(sums[i]) - scores[(i,)*M] for i in anchors) / len(anchors))
+        losses.append(sum(math.log(sums[i]) - score((i,)*M) for i in anchors) / len(anchors))
     ours = all_loss(e, torch.tensor(scale, dtype=torch.float64), present)
     torch.testing.assert_close(ours.item(), sum(losses)/len(losses), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("negatives", ["shuffle", "candidates", "all"])
+def test_a_hole_is_no_negative(negatives):
+    "Where every row with a hole fits perfectly and nothing else fits, the loss is nothing: no copy of a true row is among the negatives."
+    bits = torch.randn(64, 512, generator=generator(0)).sign(), torch.randn(64, 512, generator=generator(1)).sign()
+    e = [unit(x) for x in (*bits, bits[0]*bits[1])]
+    e[1][:32] = e[0][:32]                                                          # without the third, the first two agree
+    present = torch.ones(64, 3, dtype=torch.bool)
+    present[:32, 2] = False
+    assert Symile(negatives, log_scale=math.log(100))(e, present, generator(0)) < 0.01 # with copies: log(32)/3 for all combinations
 
 
 @pytest.mark.parametrize("scale", [1., 5., 25., 100.]) # log-sums close together; from 25 on, hundreds apart
@@ -134,10 +147,11 @@ def test_candidate_loss_is_the_loop(M, B, D, holes, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 999))
-def test_shuffles_hold_no_true_row_off_the_diagonal(M, B, seed):
-    e = random_embeddings(M, B, 6, seed=seed)
-    scores = shuffle_scores(e, 0, generator(seed))
+@given(st.integers(2, 5), st.integers(2, 9), st.booleans(), st.integers(0, 999))
+def test_shuffles_hold_no_true_row_off_the_diagonal(M, B, holes, seed):
+    present = torch.rand(B, M, generator=generator(seed)) < (0.5 if holes else 1.1)
+    e = leave_out_missing(random_embeddings(M, B, 6, seed=seed), present)
+    scores = shuffle_scores(e, 0, present if holes else None, generator(seed))
     true = dvs(M, 6) * mip(e)
     torch.testing.assert_close(scores.diagonal(), true)
     off = scores.masked_fill(torch.eye(B, dtype=torch.bool), STRUCK_OUT)

@@ -9,9 +9,8 @@ __all__ = ['NEGATIVES', 'leave_out_missing', 'Symile']
 import torch
 from torch import nn, Tensor
 
-from ..contrastive import all_loss, candidates_loss, LogitScale, shuffle_loss
+from ..contrastive import all_loss, candidate_scores, candidates_loss, LogitScale, shuffle_loss
 from ..core import check_loss_input, check_name, check_score_input, full_precision
-from ..mip import dvs, query_product
 
 # %% ../../nbs/api/objectives/symile.ipynb #46b3d8e3
 def leave_out_missing(
@@ -43,8 +42,7 @@ class Symile(nn.Module):
     ) -> Tensor: # `(B, N)`: DVS-scaled MIP
         "Scaled MIP of every query with every candidate. Errors: those of `check_score_input`."
         embeddings = leave_out_missing(check_score_input(embeddings, target, present), present, target)
-        with full_precision(embeddings[0]):
-            return dvs(len(embeddings), embeddings[0].shape[1]) * (query_product(embeddings, target) @ embeddings[target].T)
+        with full_precision(embeddings[0]): return candidate_scores(embeddings, target)
 
     def forward(self,
         embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together; unit rows
