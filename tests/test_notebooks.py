@@ -81,3 +81,10 @@ def test_title(path):
 def test_readme_is_made_from_the_index():
     done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_has_the_code_of_the_index_as_it_is():
+    "Links are made relative to the top; what looks like one within code isn't."
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    blocks = [b for c in cells(ROOT/"nbs"/"index.ipynb") if c["cell_type"] == "markdown" for b in re.findall(r"^```.*?^```", c["source"], re.S | re.M)]
+    assert len(blocks) > 3 and all(block in text for block in blocks)

@@ -42,7 +42,7 @@ def readme():
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.S)            # of pandas tables: GitHub would not use it
     text = re.sub(r"```python\s*```\n*", "", text)                          # what is left of a cell whose code is not shown
     text = re.sub(r"^[ \t]*!\[(?:png|svg|jpeg)\]\(", lambda m: f"![{alts.pop(0) if alts else 'Figure'}](", text, flags=re.M)
-    text = LINK.sub(r"\1nbs/", text)
+    text = "".join(part if part.startswith("```") else LINK.sub(r"\1nbs/", part) for part in re.split(r"(```.*?```)", text, flags=re.S)) # code is no link
     text = text.strip().replace("\n", f"\n\n{BADGES}\n", 1)                    # below the title
     return NOTE + re.sub(r"\n\s*\n[ \t]*(?=\n)", "\n", text) + "\n", {Path(k): v for k, v in resources["outputs"].items()}
 
