@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPS', 'GatedSymileError', 'ShapeError', 'DtypeError', 'NonFiniteError', 'MissingError', 'RangeError',
-           'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'full_precision', 'upcast',
-           'unit', 'generator', 'fill_missing', 'check_finite', 'check_score_shapes', 'check_score_input',
+           'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'check_whole', 'full_precision',
+           'upcast', 'unit', 'generator', 'fill_missing', 'check_finite', 'check_score_shapes', 'check_score_input',
            'check_loss_input', 'whole_file']
 
 # %% ../nbs/api/core.ipynb #45c06261
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -59,10 +60,20 @@ def check_range(
     high:float=float("inf"), # largest allowed value
 ) -> float: # `value`
     "`value`, if it is a number in `[low, high]`; else a `RangeError`, or a `DtypeError` where it is no number."
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DtypeError(f"{argument} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real): raise DtypeError(f"{argument} must be a number, got {value!r}")
     if not low <= value <= high: raise RangeError(f"{argument} must lie in [{low}, {high}], got {value}")
     return value
+
+# %% ../nbs/api/core.ipynb #afdfe910
+def check_whole(
+    argument:str, # what the number stands for: `"k"`
+    value:int, # the number that came, of Python's or NumPy's integers
+    low:int, # smallest allowed value
+    high:float=float("inf"), # largest allowed value
+) -> int: # `value`, as Python's own
+    "`value`, if it is a whole number in `[low, high]`; else a `RangeError`, or a `DtypeError` where it is no whole number."
+    if isinstance(value, bool) or not isinstance(value, Integral): raise DtypeError(f"{argument} must be a whole number, got {value!r}")
+    return int(check_range(argument, value, low, high))
 
 # %% ../nbs/api/core.ipynb #b551eb49
 EPS = 1e-6 # vectors shorter than this have no direction: they are scaled by `1/EPS` instead of `1/length`
@@ -101,11 +112,11 @@ def unit(
 
 # %% ../nbs/api/core.ipynb #010b9d83
 def generator(
-    seed:int, # any integer; equal seeds give equal numbers
+    seed:int, # any integer of 64 bits; equal seeds give equal numbers
     device:str="cpu", # the device the numbers are drawn on
 ) -> torch.Generator: # a generator that nothing else shares
-    "A random generator of its own."
-    return torch.Generator(device).manual_seed(seed)
+    "A random generator of its own; `DtypeError` or `RangeError` for what is no seed."
+    return torch.Generator(device).manual_seed(check_whole("seed", seed, -2**63, 2**64 - 1))
 
 # %% ../nbs/api/core.ipynb #3a0e04ae
 def fill_missing(
@@ -144,6 +155,7 @@ def _check_shapes(embeddings, what="embeddings"):
 
 def _check_present(present, rows, n_modalities):
     "A bool matrix `(rows, M)`."
+    if not isinstance(present, Tensor): raise DtypeError(f"present must be a bool tensor, got {type(present).__name__}")
     if present.dtype != torch.bool: raise DtypeError(f"present must be of dtype bool, got {present.dtype}")
     if present.shape != (rows, n_modalities):
         raise ShapeError(f"present must have shape {(rows, n_modalities)}, one row a query and one column a modality, got {tuple(present.shape)}")
@@ -164,7 +176,7 @@ def check_score_shapes(
     "What can be checked without reading an embedding: `ShapeError`, `DtypeError`, `RangeError`, or `MissingError` for a row without any query."
     _check_shapes(embeddings)
     M = len(embeddings)
-    if not isinstance(target, int) or not 0 <= target < M: raise RangeError(f"target must be an index in [0, {M-1}], got {target!r}")
+    check_whole("target", target, 0, M - 1)
     rows = {len(e) for m, e in enumerate(embeddings) if m != target}
     if len(rows) > 1: raise ShapeError(f"queries must share one number of rows, got {[tuple(e.shape) for e in embeddings]} with target {target}")
     if present is not None:

@@ -8,15 +8,15 @@ __all__ = ['MLP']
 # %% ../nbs/api/encoders.ipynb #2c023842
 from torch import nn, Tensor
 
-from .core import check_range, ShapeError
+from .core import check_range, check_whole, ShapeError
 
 # %% ../nbs/api/encoders.ipynb #fbc2fe5b
 def _block(in_features, width, norm, dropout):
     "Linear, LayerNorm, GELU, Dropout; what is off is left out."
-    return [nn.Linear(in_features, width), *[nn.LayerNorm(width)]*norm, nn.GELU(), *[nn.Dropout(dropout)]*(dropout > 0)]
+    return [nn.Linear(in_features, width), *[nn.LayerNorm(width)]*norm, nn.GELU(), *[nn.Dropout(dropout)]*bool(dropout)]
 
 class MLP(nn.Module):
-    "A multilayer perceptron over `(rows, in_features)`; `RangeError` for a size below 1 or a dropout outside [0, 1]."
+    "A multilayer perceptron over `(rows, in_features)`; `RangeError` for a size below 1 or a dropout outside [0, 1], `DtypeError` for half a block."
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -27,11 +27,11 @@ class MLP(nn.Module):
         input_dropout:float=0., # share of input coordinates dropped while training
     ):
         super().__init__()
-        for name, value, low in (("in_features", in_features, 1), ("dim", dim, 1), ("width", width, 1), ("depth", depth, 0)): check_range(name, value, low)
+        for name, value, low in (("in_features", in_features, 1), ("dim", dim, 1), ("width", width, 1), ("depth", depth, 0)): check_whole(name, value, low)
         for name, value in (("dropout", dropout), ("input_dropout", input_dropout)): check_range(name, value, 0, 1)
         self.in_features, widths = in_features, [in_features, *[width]*depth]
         blocks = [layer for a, b in zip(widths, widths[1:]) for layer in _block(a, b, bool(norm), dropout)]
-        self.layers = nn.Sequential(*[nn.Dropout(input_dropout)]*(input_dropout > 0), *blocks, nn.Linear(widths[-1], dim))
+        self.layers = nn.Sequential(*[nn.Dropout(input_dropout)]*bool(input_dropout), *blocks, nn.Linear(widths[-1], dim))
 
     def forward(self,
         x:Tensor, # features `(rows, in_features)`, without NaN

@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from torch import nn, Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_range, check_score_shapes, fill_missing, upcast, whole_file,
+from .core import (check_finite, check_name, check_range, check_score_shapes, check_whole, fill_missing, upcast, whole_file,
                                DataError, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError)
 from .data.dataset import MultimodalDataset
 
@@ -88,10 +88,7 @@ def _scored(score, embeddings, target, present, memory, progress, k=1, own=None)
             yield rows, columns, *_table(score, [candidates if m == target else e for m, e in enumerate(queries)], target, there, rows, columns)
 
 # %% ../nbs/api/retrieval.ipynb #40683781
-def _check_whole(argument, value, low, high=float("inf")):
-    "`check_range` for a number that counts something; `DtypeError` for a fraction."
-    if isinstance(value, float): raise DtypeError(f"{argument} must be a whole number, got {value}")
-    return check_range(argument, value, low, high)
+_check_whole = check_whole
 
 def _check_search(embeddings, target, present, memory):
     "Queries checked, absent rows zero, in full precision, beside the bank as it is; and the numbers of queries and candidates."
@@ -140,7 +137,7 @@ def top_k(
     "The k best candidates of each query; `RangeError` for k, `NonFiniteError` for NaN, and the other errors of `check_score_input`."
     embeddings, B, N = _check_search(embeddings, target, present, memory)
     like = embeddings[0 if target else 1]
-    values, indices = like.new_empty(B, _check_whole("k", k, 1, N)), torch.empty(B, k, dtype=torch.long, device=like.device)
+    values, indices = like.new_empty(B, check_whole("k", k, 1, N)), torch.empty(B, k, dtype=torch.long, device=like.device)
     for rows, columns, scores, maxima in _scored(score, embeddings, target, present, memory, progress, k):
         _compete(values[rows], indices[rows], scores, maxima, columns.start)
     values, order = values.sort(dim=1, descending=True, stable=True)
@@ -166,7 +163,7 @@ def top(self:Ranks,
     k:int, # how many places count, at least 1
 ) -> Tensor: # `(B,)` in [0, 1], float64
     "Probability to be among the first k: 1 or 0, unless ties straddle place k; `RangeError` for k < 1."
-    return ((_check_whole("k", k, 1) - self.above) / (self.tied + 1).double()).clamp(0, 1)
+    return ((check_whole("k", k, 1) - self.above) / (self.tied + 1).double()).clamp(0, 1)
 
 @patch
 def rank(self:Ranks) -> Tensor: # `(B,)`, float64; 1 is best
@@ -190,6 +187,7 @@ def _check_truth(truth, present, target, B, N):
             raise MissingError(f"present: {len(bad)} queries have no true candidate, for their target {target} is missing; "
                                f"leave out those rows, the first: {bad[:5]}")
         return torch.arange(B)
+    if not isinstance(truth, Tensor): raise DtypeError(f"truth must be a tensor of indices, got {type(truth).__name__}")
     if truth.is_floating_point() or truth.dtype == torch.bool: raise DtypeError(f"truth must hold indices, got {truth.dtype}")
     if truth.shape != (B,): raise ShapeError(f"truth must have shape {(B,)}, one index a query, got {tuple(truth.shape)}")
     if truth.min() < 0 or truth.max() >= N:
@@ -241,7 +239,7 @@ def bank_slices(
     bank_size:int|None=None, # each bank has at least that many rows, `1 <= bank_size <= n`; `None`: one bank
 ) -> list[slice]: # consecutive, of near-equal size
     "Cut rows into banks without dropping any; `RangeError`."
-    count = 1 if bank_size is None else n // _check_whole("bank_size", bank_size, 1, n)
+    count = 1 if bank_size is None else n // check_whole("bank_size", bank_size, 1, n)
     edges = [n*i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
@@ -280,7 +278,7 @@ def bootstrap_interval(
     "Percentile bootstrap interval; `ShapeError`, `NonFiniteError`, `RangeError`, `UnknownNameError`."
     if values.dim() != 1 or len(values) == 0: raise ShapeError(f"values must be (B,) with B >= 1, got {tuple(values.shape)}")
     if not values.isfinite().all(): raise NonFiniteError(f"values: {(~values.isfinite()).sum()} of {len(values)} are not finite")
-    check_range("level", level, 0, 1); _check_whole("resamples", resamples, 1)
+    check_range("level", level, 0, 1); check_whole("resamples", resamples, 1)
     f = statistic if callable(statistic) else STATISTICS[check_name("statistic", statistic, STATISTICS)]
     values, device = values.detach().cpu().double(), "cpu" if generator is None else generator.device
     at_once = max(1, 2**22 // len(values))                                         # bounds the memory
@@ -335,7 +333,7 @@ def _encoded_blocks(model, dataset, name, block_size, progress=False):
     check_inputs(model, dataset)
     device = next((p.device for p in model.parameters()), dataset.device)
     rows, here = dataset.modalities[name], dataset.is_present(name)
-    starts = range(0, len(rows), _check_whole("block_size", block_size, 1))
+    starts = range(0, len(rows), check_whole("block_size", block_size, 1))
     for start in tqdm(starts, desc=f"encode {name}", unit="block", delay=2, leave=False, disable=not progress):
         yield start, model.encode_modality(name, *(x[start:start + block_size].to(device) for x in (rows, here)))
 

@@ -21,7 +21,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn, Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_range, fill_missing, generator, unit, whole_file,
+from .core import (check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
@@ -103,7 +103,7 @@ def embed(self:MultimodalModel,
 ) -> list[Tensor]: # M tensors `(rows, D)` in the order of `names`, on the model's device
     "Embeddings of a whole dataset, for evaluation; errors of `encode`."
     device = next(self.parameters()).device
-    (batch, present), rows = self._unpack(dataset, None), range(0, len(dataset), check_range("block_size", block_size, 1))
+    (batch, present), rows = self._unpack(dataset, None), range(0, len(dataset), check_whole("block_size", block_size, 1))
     cut = lambda x, start: None if x is None else x[start:start+block_size].to(device)
     with evaluating(self):
         blocks = [self.encode({name: cut(batch[name], i) for name in self.names}, cut(present, i)) for i in rows]
@@ -173,7 +173,8 @@ def near_equal_batches(
     batch_size:int, # rows in a batch, at least 2; exceeded by one where a batch of a single row would be left
     generator:torch.Generator|None=None, # CPU generator of the shuffle
 ) -> list[Tensor]: # indices of each batch; sizes differ by 1 at most
-    "Shuffle the rows and cut them into batches of near-equal size."
+    "Shuffle the rows and cut them into batches of near-equal size; `RangeError` or `DtypeError` for numbers below 2 or fractions."
+    rows, batch_size = check_whole("rows", rows, 2), check_whole("batch_size", batch_size, 2)
     n = max(1, min(-(-rows // batch_size), rows // 2))
     return list(torch.randperm(rows, generator=generator).tensor_split(n))
 
@@ -231,8 +232,7 @@ def _check_settings(precision, patience, bank_size, gate_learning_rate, **number
     check_name("precision", precision, PRECISIONS)
     optional = dict(patience=patience, bank_size=bank_size, gate_learning_rate=gate_learning_rate)
     for name, value in {**numbers, **{k: v for k, v in optional.items() if v is not None}}.items():
-        check_range(name, value, _LOWEST_COUNT.get(name, 0))
-        if name in _LOWEST_COUNT and not isinstance(value, int): raise DtypeError(f"{name} must be a whole number, got {value!r}")
+        check_whole(name, value, _LOWEST_COUNT[name]) if name in _LOWEST_COUNT else check_range(name, value, 0)
 
 def _check_device(device):
     "A device that works here; `UnknownNameError` with the reason."
@@ -248,7 +248,7 @@ def _prepare(model, train, valid, target, bank_size, device):
     for name in train.names:
         if (n := int(train.is_present(name).sum())) < 2: raise MissingError(f"train: {name!r} is present in {n} rows, at least 2 are needed")
     valid = _keep(valid, ranking_rows(valid, target), 1, "valid", f"{target!r} or of any other modality")
-    if bank_size is not None: check_range("bank_size", bank_size, 2, len(valid))
+    if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
     return train.to(device), valid.to(device)
 
 # %% ../nbs/api/training.ipynb #af7c3fbb

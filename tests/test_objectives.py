@@ -215,8 +215,8 @@ class TestContract:
 
     def test_bad_calls_are_named(self, name):
         objective, e = OBJECTIVES[name](3, 6).double(), random_embeddings(3, 5, 6)
-        for target in (3, -1, "x"):
-            with pytest.raises(RangeError, match="target"): objective.score(e, target)
+        for target, error in ((3, RangeError), (-1, RangeError), ("x", DtypeError), (1., DtypeError), (True, DtypeError)):
+            with pytest.raises(error, match="target"): objective.score(e, target)
         with pytest.raises(MissingError, match="fewer than 2"): objective(e, torch.eye(5, 3) > 0)
         with pytest.raises(MissingError, match="no query modality"): objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
         with pytest.raises(DtypeError, match="bool"): objective(e, torch.ones(5, 3))

@@ -278,8 +278,8 @@ def test_bad_options_are_named(options, error, words):
 @pytest.mark.parametrize("call", [lambda o, *a: o.score(*a), lambda o, *a: o.posterior(*a), lambda o, *a: o.weights(*a)])
 def test_bad_calls_are_named(call):
     objective, e = SubsetSymile().double(), rows(3, 5, 6)
-    for target in (3, -1, "x"):
-        with pytest.raises(RangeError, match="target"): call(objective, e, target)
+    for target, error in ((3, RangeError), (-1, RangeError), ("x", DtypeError), (1., DtypeError), (True, DtypeError)):
+        with pytest.raises(error, match="target"): call(objective, e, target)
     with pytest.raises(MissingError, match="no query modality"): call(objective, e, 0, torch.zeros(5, 3, dtype=torch.bool))
     with pytest.raises(DtypeError, match="bool"): call(objective, e, 0, torch.ones(5, 3))
     with pytest.raises(ShapeError, match="share one width"): call(objective, [e[0], e[1][:, :3], e[2]], 0)

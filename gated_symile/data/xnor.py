@@ -9,7 +9,7 @@ __all__ = ['xnor_signal', 'xnor_corruption', 'synthetic_xnor']
 import torch
 from torch import Tensor
 
-from ..core import check_name, check_range
+from ..core import check_name, check_range, check_whole
 from .corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
 from .dataset import MultimodalDataset
 
@@ -54,13 +54,13 @@ def synthetic_xnor(
     noise_std:float=3., # standard deviation of the other coordinates
     generator:torch.Generator|None=None, # CPU generator
 ) -> MultimodalDataset: # modalities A, B, C, `(rows, dim)` each, and the truth in `corrupted`
-    "Synthetic-XNOR (Gated Symile); `UnknownNameError` or `RangeError` for what can't be."
-    for name, value, low in (("rows", rows, 1), ("n_bits", n_bits, 1), ("signal_scale", signal_scale, 0), ("noise_std", noise_std, 0)):
-        check_range(name, value, low)
+    "Synthetic-XNOR (Gated Symile); `UnknownNameError`, `RangeError` or `DtypeError` for what can't be."
+    for name, value in (("rows", rows), ("n_bits", n_bits)): check_whole(name, value, 1)
+    for name, value in (("signal_scale", signal_scale), ("noise_std", noise_std)): check_range(name, value, 0)
     check_name("which", which, ["one", "each"])
     u, v = (2. * torch.randint(2, (rows, n_bits), generator=generator) - 1 for _ in range(2))
     signals = xnor_signal(u, v, signal)
-    check_range("dim", dim, signals["A"].shape[1])
+    check_whole("dim", dim, signals["A"].shape[1])
     clean = MultimodalDataset({name: torch.cat([signal_scale * s, noise_std * torch.randn(rows, dim - s.shape[1], generator=generator)], 1)
                                for name, s in signals.items()})
     kind = xnor_corruption(corruption, n_bits, signal, p_flip, noise_std)

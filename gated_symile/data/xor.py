@@ -10,7 +10,7 @@ from string import ascii_uppercase
 
 import torch
 
-from ..core import check_range, DtypeError
+from ..core import check_whole
 from .dataset import MultimodalDataset
 
 # %% ../../nbs/api/data/xor.ipynb #fab6a1a7
@@ -22,7 +22,6 @@ def synthetic_xor(
 ) -> MultimodalDataset: # modalities `(rows, n_bits)` of zeros and ones; A, or any other, is the exclusive or of the rest
     "Synthetic-XOR (Saporta et al. 2024, for any M); `RangeError` or `DtypeError` for a size that can't be."
     for name, value, low, high in (("rows", rows, 1, 2**31), ("n_modalities", n_modalities, 2, 26), ("n_bits", n_bits, 1, 2**20)):
-        check_range(name, value, low, high)
-        if not isinstance(value, int): raise DtypeError(f"{name} must be a whole number, got {value}")
+        check_whole(name, value, low, high)
     others = torch.randint(2, (n_modalities - 1, rows, n_bits), generator=generator)
     return MultimodalDataset(dict(zip(ascii_uppercase, torch.cat([others.sum(0, keepdim=True) % 2, others]).float())))

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..contrastive import LogitScale, mean_over_targets
-from ..core import check_loss_input, check_range, check_score_input, full_precision, DtypeError
+from ..core import check_loss_input, check_range, check_score_input, check_whole, full_precision
 
 # %% ../../nbs/api/objectives/subset.ipynb #87d3466d
 def query_subsets(
@@ -62,8 +62,7 @@ class SubsetSymile(nn.Module):
         by_diversity:bool=False, # whether the scale of each row is multiplied by the `diversity` of its query
     ):
         super().__init__()
-        if not isinstance(max_subset, int|None): raise DtypeError(f"max_subset must be a whole number or None, got {max_subset!r}")
-        self.max_subset = None if max_subset is None else check_range("max_subset", max_subset, 1)
+        self.max_subset = None if max_subset is None else check_whole("max_subset", max_subset, 1)
         self.penalty, self.null = check_range("penalty", penalty, -1e6, 1e6), check_range("null", null, -math.inf, 1e6)
         self.logit_scale, self.by_diversity = LogitScale(log_scale), by_diversity
 
