@@ -140,18 +140,21 @@ def check_finite(
                                  "mark absent rows in `present`, fill single holes (`standardise` does)")
 
 # %% ../nbs/api/core.ipynb #fdab77f7
-def _check_shapes(embeddings, what="embeddings"):
-    "M >= 2 floating matrices of one width and type."
-    if len(embeddings) < 2: raise ShapeError(f"{what} must hold at least 2 modalities, got {len(embeddings)}")
+def _check_shapes(embeddings):
+    "M >= 2 floating matrices of one width."
+    if len(embeddings) < 2: raise ShapeError(f"embeddings must hold at least 2 modalities, got {len(embeddings)}")
     for m, e in enumerate(embeddings):
-        if not isinstance(e, Tensor): raise DtypeError(f"{what}[{m}] must be a tensor, got {type(e).__name__}")
-        if not e.is_floating_point(): raise DtypeError(f"{what}[{m}] must be of a floating type, got {e.dtype}")
-        if e.dim() != 2: raise ShapeError(f"{what}[{m}] must have shape (rows, D), got {tuple(e.shape)}")
-        if len(e) == 0: raise ShapeError(f"{what}[{m}] has no rows")
+        if not isinstance(e, Tensor): raise DtypeError(f"embeddings[{m}] must be a tensor, got {type(e).__name__}")
+        if not e.is_floating_point(): raise DtypeError(f"embeddings[{m}] must be of a floating type, got {e.dtype}")
+        if e.dim() != 2: raise ShapeError(f"embeddings[{m}] must have shape (rows, D), got {tuple(e.shape)}")
+        if len(e) == 0: raise ShapeError(f"embeddings[{m}] has no rows")
     shapes = [tuple(e.shape) for e in embeddings]
-    if len({d for _, d in shapes}) > 1: raise ShapeError(f"{what} must share one width D, got shapes {shapes}")
+    if len({d for _, d in shapes}) > 1: raise ShapeError(f"embeddings must share one width D, got shapes {shapes}")
+
+def _check_dtypes(embeddings):
+    "One type, where half precision is about to be upcast."
     if len({upcast(e[:0]).dtype for e in embeddings}) > 1:
-        raise DtypeError(f"{what} must share one dtype (half precision counts as float32), got {[e.dtype for e in embeddings]}")
+        raise DtypeError(f"embeddings must share one dtype (half precision counts as float32), got {[e.dtype for e in embeddings]}")
 
 def _check_present(present, rows, n_modalities):
     "A bool matrix `(rows, M)`."
@@ -169,7 +172,7 @@ def _filled(embeddings, present, skip=None):
 
 # %% ../nbs/api/core.ipynb #51e40f13
 def check_score_shapes(
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, of any floating type, queries `(B, D)` of one type elsewhere
     target:int, # index of the target, `0 <= target < M`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
 ):
@@ -177,6 +180,7 @@ def check_score_shapes(
     _check_shapes(embeddings)
     M = len(embeddings)
     check_whole("target", target, 0, M - 1)
+    _check_dtypes([e for m, e in enumerate(embeddings) if m != target])          # a search casts the candidates to it, block by block
     rows = {len(e) for m, e in enumerate(embeddings) if m != target}
     if len(rows) > 1: raise ShapeError(f"queries must share one number of rows, got {[tuple(e.shape) for e in embeddings]} with target {target}")
     if present is not None:
@@ -192,6 +196,7 @@ def check_score_input(
 ) -> list[Tensor]: # the same in full precision, absent rows zero
     "The border of every score: the errors of `check_score_shapes`, and `NonFiniteError`."
     check_score_shapes(embeddings, target, present)
+    _check_dtypes(embeddings)
     return _filled(embeddings, present, skip=target)
 
 # %% ../nbs/api/core.ipynb #a0109298
@@ -201,6 +206,7 @@ def check_loss_input(
 ) -> list[Tensor]: # the same in full precision, absent rows zero
     "The border of every objective: `ShapeError`, `DtypeError`, `NonFiniteError`, or `MissingError` for a row with fewer than 2 modalities."
     _check_shapes(embeddings)
+    _check_dtypes(embeddings)
     rows = [len(e) for e in embeddings]
     if len(set(rows)) > 1: raise ShapeError(f"embeddings must have the same rows, got {[tuple(e.shape) for e in embeddings]}")
     if rows[0] < 2: raise ShapeError("embeddings must have at least 2 rows: one row has nothing to be contrasted with")

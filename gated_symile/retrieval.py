@@ -83,7 +83,7 @@ def _scored(score, embeddings, target, present, memory, progress, k=1, own=None)
               None if present is None else _take(present, rows, b)) for rows in _slices(len(like), b)]
     for columns in tqdm(_slices(len(bank), n), desc="search", unit="block", delay=2, leave=False, disable=not progress):
         meeting = [q for q in asked if own is None or ((own[q[0]] >= columns.start) & (own[q[0]] < columns.stop)).any()]
-        if meeting: candidates = upcast(_take(bank, columns, n).to(like.device))
+        if meeting: candidates = _take(bank, columns, n).to(like)
         for rows, queries, there in meeting:
             yield rows, columns, *_table(score, [candidates if m == target else e for m, e in enumerate(queries)], target, there, rows, columns)
 
@@ -127,7 +127,7 @@ def _compete(values, indices, scores, maxima, first):
 @torch.no_grad()
 def top_k(
     score:Callable, # `(embeddings, target, present) -> (B, N)`, larger is better, such as `objective.score`
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)`, on any device and in any precision, in slot `target`, queries `(B, D)` elsewhere
     target:int, # index of the target modality
     k:int=10, # how many candidates to return, `1 <= k <= N`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
@@ -214,7 +214,7 @@ def _count(above, tied, own, truth, columns, scores, maxima):
 @torch.no_grad()
 def rank_true(
     score:Callable, # `(embeddings, target, present) -> (B, N)`, larger is better, such as `objective.score`
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)`, on any device and in any precision, in slot `target`, queries `(B, D)` elsewhere
     target:int, # index of the target modality
     truth:Tensor|None=None, # indices `(B,)` of the true candidates; `None`: candidate i belongs to query i
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
@@ -314,14 +314,33 @@ def evaluating(
         for module, mode in modes: module.training = mode
 
 # %% ../nbs/api/retrieval.ipynb #b80d982e
+def _alike(one, other, name):
+    "Whether two standardisers make the same of a modality, to a ten-thousandth of a standard deviation, as far as the first knows it."
+    if name not in one.mean: return True
+    if name not in other.mean: return False
+    a, b = (torch.stack([how.mean[name], how.std[name]]).cpu() for how in (one, other))
+    scale = torch.where(a[1] > 0, a[1], 1.)
+    return a.shape == b.shape and torch.allclose(a/scale, b/scale, atol=1e-4, equal_nan=True)
+
+def _standardised_otherwise(dataset, known, names):
+    "Which of the modalities `names` of a dataset were not standardised as `known` does it; none where nothing is known."
+    how = dataset.standardised
+    if known is None or how is known: return []
+    return [name for name in dataset.names if name in names and (how is None or not _alike(known, how, name))]
+
 def check_inputs(
-    model:nn.Module, # any; one that knows its `standardiser` wants rows that it made
-    dataset:MultimodalDataset, # what the model is to encode
+    model:nn.Module, # any; one that knows its `standardiser` wants rows that it made, or one that is alike
+    dataset:MultimodalDataset, # what the model is to encode; modalities that it can't are not looked at
 ):
-    "`DataError` for rows as they were read where the model was trained on standardised ones."
-    if getattr(model, "standardiser", None) is not None and dataset.standardised is None:
-        raise DataError(f"the rows of {', '.join(map(repr, dataset.names))} are as they were read, and the model was trained on standardised ones: "
+    "`DataError` for rows that are as they were read, or standardised otherwise, where the model was trained on standardised ones."
+    odd = _standardised_otherwise(dataset, getattr(model, "standardiser", None), getattr(model, "names", dataset.names))
+    if not odd: return
+    rows = f"the rows of {', '.join(map(repr, odd))}"
+    if dataset.standardised is None:
+        raise DataError(f"{rows} are as they were read, and the model was trained on standardised ones: "
                         "give it model.standardiser(dataset), or read files by the saved run's `read`")
+    raise DataError(f"{rows} were standardised by other means and scales than those the model was trained on: "
+                    "give it model.standardiser(dataset) of the rows as they were read")
 
 # %% ../nbs/api/retrieval.ipynb #70ce0399
 def _as_dataset(rows, name):
@@ -357,7 +376,9 @@ class Bank:
         if not isinstance(e, Tensor) or not e.is_floating_point():
             raise DtypeError(f"embeddings must be a floating tensor, got {e.dtype if isinstance(e, Tensor) else type(e).__name__}")
         if e.dim() != 2 or 0 in e.shape: raise ShapeError(f"embeddings must have shape (N, D), at least one of each, got {tuple(e.shape)}")
-        if self.ids is not None and len(self.ids) != len(e): raise ShapeError(f"ids must name each of the {len(e)} candidates, got {len(self.ids)}")
+        if self.ids is None: return
+        object.__setattr__(self, "ids", list(self.ids))
+        if len(self.ids) != len(e): raise ShapeError(f"ids must name each of the {len(e)} candidates, got {len(self.ids)}")
 
     def __len__(self): return len(self.embeddings)
     def __repr__(self): return f"Bank({len(self)} candidates, {self.embeddings.shape[1]} numbers each, {self.embeddings.dtype})"
@@ -411,7 +432,7 @@ def retrieve(
         if not isinstance(bank, Bank): bank = encode_bank(model, bank, target, block_size, progress)
         embeddings[t] = bank.embeddings
         scores, found = top_k(model.objective.score, embeddings, t, k, present, memory, progress)
-    asked, ids = queries.ids or range(len(queries)), bank.ids or range(len(bank))
+    asked, ids = (range(len(rows)) if rows.ids is None else rows.ids for rows in (queries, bank))
     return pd.DataFrame([(asked[i], rank, ids[j], s) for i, (js, ss) in enumerate(zip(found.tolist(), scores.tolist()))
                          for rank, (j, s) in enumerate(zip(js, ss), 1)], columns=["query", "rank", "candidate", "score"])
 

@@ -21,11 +21,11 @@ from schedulefree import AdamWScheduleFree
 from torch import nn, Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
+from .core import (_check_present, check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
-from .retrieval import check_inputs, evaluating, rank_in_banks, Ranks
+from .retrieval import _standardised_otherwise, check_inputs, evaluating, rank_in_banks, Ranks
 
 # %% ../nbs/api/training.ipynb #05c22776
 class MultimodalModel(nn.Module):
@@ -40,7 +40,7 @@ class MultimodalModel(nn.Module):
             if not isinstance(encoder, nn.Module): raise DtypeError(f"encoders[{name!r}] must be a module, got {type(encoder).__name__}")
         self.encoders = nn.ModuleList(encoders.values()) # a list: the keys of a ModuleDict can't be any name ("lab.v2", "type")
         self.names, self.objective = list(encoders), objective
-        self.standardiser = None # of the rows it was trained on, where that is known: `load_run` knows it
+        self.standardiser = None # of the rows it was trained on, where that is known: `fit` and `load_run` know it
 
 # %% ../nbs/api/training.ipynb #5c2f3406
 @patch
@@ -62,9 +62,12 @@ def _unpack(self:MultimodalModel, batch, present):
     names = batch.names if isinstance(batch, MultimodalDataset) else list(batch)
     lacking = [name for name in self.names if name not in names]
     if lacking: raise MissingError(f"batch lacks {', '.join(map(repr, lacking))}; it has {', '.join(map(repr, names))}")
-    if not isinstance(batch, MultimodalDataset): return batch, present
-    check_inputs(self, batch)
-    return batch.modalities, batch.select(self.names).present if present is None else present
+    if isinstance(batch, MultimodalDataset):
+        check_inputs(self, batch)
+        if present is None: present = batch.select(self.names).present
+        batch = batch.modalities
+    if present is not None: _check_present(present, len(batch[self.names[0]]), len(self.names))
+    return batch, present
 
 @patch
 def encode(self:MultimodalModel,
@@ -191,15 +194,17 @@ def _train_step(model, batch, present, optimiser, draws, clip, autocast):
     return loss.item()
 
 def _train_epoch(model, data, epoch, optimiser, batches, draws, clip, autocast):
-    "One pass over the data, in training mode; returns the mean loss of a row. Errors say epoch and step."
+    "One pass over the data, in training mode; the mean loss of a row, and why batches were skipped: too little is present. Errors say epoch and step."
     model.train(); optimiser.train()
-    total = 0.
+    total, used, skipped = 0., 0, []
     for step, rows in enumerate(batches, 1):
         rows = rows.to(data.device)
         batch, present = {name: x[rows] for name, x in data.modalities.items()}, None if data.present is None else data.present[rows]
-        try: total += len(rows) * _train_step(model, batch, present, optimiser, draws, clip, autocast)
+        try: total, used = total + len(rows) * _train_step(model, batch, present, optimiser, draws, clip, autocast), used + len(rows)
+        except MissingError as error: skipped.append(str(error))
         except GatedSymileError as error: raise type(error)(f"epoch {epoch}, step {step} of {len(batches)}: {error}") from error
-    return total / len(data)
+    if not used: raise MissingError(f"epoch {epoch}: none of {len(batches)} batches can be used ({skipped[0]})")
+    return total / used, skipped
 
 # %% ../nbs/api/training.ipynb #1df625ed
 class _Best:
@@ -248,6 +253,8 @@ def _prepare(model, train, valid, target, bank_size, device):
     for name in train.names:
         if (n := int(train.is_present(name).sum())) < 2: raise MissingError(f"train: {name!r} is present in {n} rows, at least 2 are needed")
     valid = _keep(valid, ranking_rows(valid, target), 1, "valid", f"{target!r} or of any other modality")
+    if odd := _standardised_otherwise(valid, train.standardised, model.names):
+        raise DataError(f"valid: the rows of {', '.join(map(repr, odd))} are not standardised as those of train are; `standardise(train, valid)` treats them alike")
     if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
     return train.to(device), valid.to(device)
 
@@ -277,13 +284,15 @@ def fit(
     train, valid = _prepare(model, train, valid, target, bank_size, device := _check_device(device))
     optimiser = schedule_free(model.to(device), learning_rate, gate_learning_rate, weight_decay, warmup_steps)
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
-    history, best, draws = [], _Best(), generator(seed)
+    model.standardiser = train.standardised
+    history, best, draws, steps, skipped = [], _Best(), generator(seed), 0, []
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())), tqdm(range(1, epochs+1), disable=not progress, unit="epoch") as bar:
             torch.manual_seed(seed)
             for epoch in bar:
                 start, batches = time.perf_counter(), near_equal_batches(len(train), batch_size, draws)
-                loss = _train_epoch(model, train, epoch, optimiser, batches, draws, clip, autocast)
+                loss, unused = _train_epoch(model, train, epoch, optimiser, batches, draws, clip, autocast)
+                steps, skipped = steps + len(batches), skipped + unused
                 optimiser.eval()
                 with autocast(): ranks, _ = rank_dataset(model, valid, target, bank_size)
                 top1, mrr = ranks.top(1).mean().item(), ranks.reciprocal().mean().item()
@@ -294,6 +303,7 @@ def fit(
                 if patience is not None and epoch - best.epoch >= patience: break
     except KeyboardInterrupt: warnings.warn(f"interrupted in epoch {len(history)+1}: the weights are those of epoch {best.epoch}", stacklevel=2)
     finally: best.restore(model, optimiser)
+    if skipped: warnings.warn(f"train: {len(skipped)} of {steps} batches skipped ({skipped[0]}); larger batches make that rarer", stacklevel=2)
     return _as_table(history, best.epoch)
 
 # %% ../nbs/api/training.ipynb #a158128e
@@ -344,4 +354,5 @@ def load_weights(
               for name, x in own.items() if name in weights and weights[name].shape != x.shape]
     if wrong: raise DataError(f"path: {path} doesn't fit the model: {'; '.join(wrong[:5])}{f'; and {len(wrong)-5} more' if len(wrong) > 5 else ''}")
     model.load_state_dict(weights)
+    model.standardiser = None # the file doesn't say
     return about.get("metadata", {})

@@ -1,8 +1,13 @@
 "A module imports only from those above it in ORDER: the house has one direction, and no cycles."
 import ast
+import json
+import re
 from pathlib import Path
 
 import pytest
+
+import gated_symile
+from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core mip contrastive neutral gate
@@ -75,3 +80,13 @@ def test_a_module_without_a_place_is_noticed(tmp_path):
     (tmp_path/"toy").mkdir()
     (tmp_path/"toy"/"stray.py").touch()
     assert list(faults(tmp_path/"toy", ["core"])) == ["stray has no place in the order of modules"]
+
+
+def test_the_table_of_names_is_the_package():
+    "What is exported is in the table, and the other way round."
+    cells = json.loads((PACKAGE.parent/"nbs"/"api"/"gated_symile.ipynb").read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("|")]
+    table = set(re.findall(r"`(\w+)`", "\n".join(lines)))
+    errors = {n for n in gated_symile.__all__ if isinstance(getattr(gated_symile, n), type) and issubclass(getattr(gated_symile, n), GatedSymileError)}
+    assert {"Bank", "query_subsets"} < table
+    assert table | errors == set(gated_symile.__all__)                                # errors are in it as a family

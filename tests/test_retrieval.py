@@ -8,11 +8,12 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gated_symile.core import MissingError, NonFiniteError, OutputError, RangeError, ShapeError, generator, unit
+from gated_symile.core import DtypeError, MissingError, NonFiniteError, OutputError, RangeError, ShapeError, generator, unit
 from gated_symile.data.corruption import Missing, corrupt
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
@@ -457,6 +458,47 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(filed):
         save_bank(model, data, "A", path, block_size=30)
     assert os.listdir(path.parent) == []
     with pytest.raises(OutputError, match="can't be written"): save_bank(model, data, "A", "/dev/null/A.npy")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_bank_of_any_precision_is_searched(tmp_path, kind):
+    "What numpy writes by default, float64, is found like float32; queries in float64 get scores in float64."
+    model, data = model_and_data()
+    bank = encode_bank(model, data, "A")
+    np.save(tmp_path/"bank.npy", bank.embeddings.numpy().astype(kind))
+    mapped = load_bank(tmp_path/"bank.npy")
+    queries = data.select(["B", "C"])
+    expected, found = (retrieve(model, queries, b, "A", k=3) for b in (Bank(mapped.embeddings.float().clone()), mapped))
+    assert found.equals(expected)
+    e = [x.double() for x in model.embed(data)]
+    e[0] = mapped.embeddings
+    scores, indices = top_k(Symile().score, e, 0, 3, present=there(data))
+    exact = Symile().score([e[0].double(), *e[1:]], 0, there(data)).topk(3).values
+    assert scores.dtype == torch.float64 and torch.allclose(scores, exact, rtol=1e-12)
+    ranks = rank_true(Symile().score, e, 0)
+    assert torch.equal(ranks.above, rank_true(Symile().score, [e[0].double(), *e[1:]], 0).above)
+    with pytest.raises(DtypeError, match="share one dtype"): top_k(Symile().score, [e[0], e[1], e[2].float()], 0)
+
+
+def test_a_bank_is_cast_a_block_at_a_time():
+    "The whole of a mapped bank is never in memory: the score sees blocks, in the queries' precision."
+    e, seen = [torch.randn(n, 8, generator=generator(n)) for n in (500, 20, 20)], []
+    def watched(embeddings, target, present=None):
+        seen.append((embeddings[0].dtype, len(embeddings[0])))
+        return score(embeddings, target, present)
+    exact = top_k(score, e, 0, 5)[1]
+    assert torch.equal(top_k(watched, [e[0].double(), *e[1:]], 0, 5, memory=0.03)[1], exact)
+    assert {dtype for dtype, _ in seen} == {torch.float32} and max(n for _, n in seen) < 200
+
+
+@pytest.mark.parametrize("ids", [np.arange(10, 30), pd.Series(range(10, 30)), range(10, 30), tuple(range(10, 30)), {i: None for i in range(10, 30)}.keys()], ids=type)
+def test_ids_come_in_many_kinds(ids):
+    model, data = model_and_data()
+    bank = encode_bank(model, MultimodalDataset(data.modalities)[:20], "A")
+    assert Bank(bank.embeddings, ids).ids == list(range(10, 30))
+    by_row, by_id = (retrieve(model, data.select(["B", "C"])[:4], b, "A", k=3) for b in (bank, Bank(bank.embeddings, ids)))
+    assert (by_row["candidate"] + 10).tolist() == by_id["candidate"].tolist()
+    with pytest.raises(ShapeError, match="each of the 20 candidates, got 3"): Bank(bank.embeddings, np.arange(3))
 
 
 def test_what_a_bank_cannot_be(filed):

@@ -275,6 +275,13 @@ def test_bad_options_are_named(options, error, words):
     with pytest.raises(error, match=words): SubsetSymile(**options)
 
 
+@pytest.mark.parametrize("arguments, error, words", [
+    ((1, 0), RangeError, "n_modalities"), ((2.5, 0), DtypeError, "n_modalities"), ((3, 3), RangeError, r"target must lie in \[0, 2\]"),
+    ((3, "A"), DtypeError, "target"), ((3, 0, -1), RangeError, "max_subset"), ((3, 0, 1.5), DtypeError, "max_subset")])
+def test_subsets_of_nothing_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words): query_subsets(*arguments)
+
+
 @pytest.mark.parametrize("call", [lambda o, *a: o.score(*a), lambda o, *a: o.posterior(*a), lambda o, *a: o.weights(*a)])
 def test_bad_calls_are_named(call):
     objective, e = SubsetSymile().double(), rows(3, 5, 6)

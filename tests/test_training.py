@@ -12,13 +12,16 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch import nn
 
-from gated_symile.core import DataError, GatedSymileError, MissingError, NonFiniteError, OutputError, UnknownNameError, generator
-from gated_symile.data.dataset import MultimodalDataset
+from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, ShapeError, UnknownNameError,
+                               generator)
+from gated_symile.data.corruption import corrupt, Swap
+from gated_symile.data.dataset import MultimodalDataset, standardise
 from gated_symile.encoders import MLP
 from gated_symile.gate import ModalityGate
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
+from gated_symile.retrieval import encode_bank, retrieve
 from gated_symile.training import MultimodalModel, fit, load_weights, near_equal_batches, rank_dataset, save_model
 
 DIM = 32
@@ -142,6 +145,146 @@ def test_rows_left_out_are_counted():
         fit(make(), MultimodalDataset(TRAIN.modalities, present), MultimodalDataset(VALID.modalities, valid_present), **QUICK)
     said = " | ".join(str(w.message) for w in caught)
     assert "train: 5 of 160 rows left out" in said and "valid: 9 of 60 rows left out" in said and len(caught) == 2
+
+
+# Standardised rows
+
+PATIENTS = MultimodalDataset({"A": 5 + 3*TRAIN.modalities["A"], "B": TRAIN.modalities["B"]/100, "C": TRAIN.modalities["C"]})
+LATER = MultimodalDataset({"A": 5 + 3*VALID.modalities["A"], "B": VALID.modalities["B"]/100, "C": VALID.modalities["C"]})
+
+
+def test_a_trained_model_takes_only_rows_standardised_as_its_own():
+    train, valid = standardise(PATIENTS, LATER)
+    model, other = make(), standardise(LATER)[0]
+    fit(model, train, valid, **QUICK)
+    assert model.standardiser is train.standardised
+    rank_dataset(model, valid, "A")
+    for use in (lambda rows: rank_dataset(model, rows, "A"), model.embed, model.loss, lambda rows: encode_bank(model, rows, "A"), lambda rows: retrieve(model, rows, rows, "A")):
+        use(valid); use(corrupt(valid, {"B": 0.5}, Swap(), generator(0))[5:20])
+        with pytest.raises(DataError, match="rows of 'A'.* are as they were read"): use(LATER)
+        with pytest.raises(DataError, match="rows of 'A'.* were standardised by other means and scales"): use(other)
+    with pytest.raises(DataError, match="as they were read"): retrieve(model, LATER.select(["B"]).modalities, encode_bank(model, valid, "A"), "A")
+
+
+def test_only_what_the_model_reads_has_to_be_alike():
+    scaled, = standardise(PATIENTS)
+    model = MultimodalModel({name: nn.Linear(8, DIM) for name in "AB"}, Symile())
+    fit(model, scaled, scaled, **QUICK)
+    strange = standardise(MultimodalDataset({**PATIENTS.modalities, "C": 9*PATIENTS.modalities["C"], "D": PATIENTS.modalities["A"]}))[0]
+    rank_dataset(model, strange, "A")                                            # C and D are no affair of this model's
+    partly = standardise(MultimodalDataset({**PATIENTS.modalities, "B": 9*PATIENTS.modalities["B"]}))[0]
+    with pytest.raises(DataError, match="the rows of 'B' were"): rank_dataset(model, partly, "A")
+    late = MultimodalDataset({"A": scaled.modalities["A"], "B": PATIENTS.modalities["B"]}, standardised=standardise(PATIENTS.select("A"))[0].standardised)
+    with pytest.raises(DataError, match="the rows of 'B' were"): rank_dataset(model, late, "A")
+
+
+@pytest.mark.parametrize("scale", [1., 1e-13, 1e9])
+def test_standardisers_that_do_the_same_are_alike_in_any_unit(scale):
+    "The same rows in another order or on another day; a column without a value, one without a spread, one around zero."
+    x = torch.randn(50, 8, generator=generator(3)) * scale
+    x[:, 0], x[:, 1] = torch.nan, 4*scale
+    x[:, 2] -= x[:, 2].mean()
+    rows = MultimodalDataset({"A": x, "B": x.flip(1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two, shifted = (standardise(r)[0] for r in (rows, rows[torch.randperm(50, generator=generator(4))],
+                                                         MultimodalDataset({"A": x + scale*torch.eye(8)[5], "B": x.flip(1)})))
+    model = MultimodalModel({name: nn.Linear(8, DIM) for name in "AB"}, Symile())
+    model.standardiser = one.standardised
+    model.embed(two)
+    with pytest.raises(DataError, match="the rows of 'A' were"): model.embed(shifted)
+
+
+def test_validation_rows_are_standardised_as_the_training_rows():
+    train, valid = standardise(PATIENTS, LATER)
+    for wrong in (LATER, standardise(LATER)[0]):
+        model, before = make(), weights(make())
+        with pytest.raises(DataError, match="valid: the rows of 'A', 'B', 'C' are not standardised as those of train"): fit(model, train, wrong, **QUICK)
+        assert model.standardiser is None and same(weights(model), before)
+    fit(model, train, standardise(PATIENTS)[0], **QUICK)                          # alike, though not the same object
+
+
+def test_nothing_is_asked_of_a_model_trained_on_rows_as_they_are(tmp_path):
+    model, scaled = make(), standardise(TRAIN)[0]
+    fit(model, scaled, scaled, **QUICK)
+    save_model(model, tmp_path/"model.safetensors")
+    fit(model, TRAIN, VALID, **QUICK)                                             # what it was trained on last is what counts
+    assert model.standardiser is None
+    for rows in (VALID, scaled): rank_dataset(model, rows, "A")
+    model.standardiser = scaled.standardised
+    load_weights(model, tmp_path/"model.safetensors")                             # the weights of who knows which rows
+    assert model.standardiser is None
+
+
+def test_the_standardiser_changes_no_bit_of_the_training():
+    train, valid = standardise(PATIENTS, LATER)
+    told, untold = make(), make()
+    fit(told, train, valid, **QUICK)
+    fit(untold, MultimodalDataset(train.modalities), MultimodalDataset(valid.modalities), **QUICK)
+    assert digest(told) == digest(untold)
+
+
+# Batches in which nothing can be contrasted
+
+TWO_OF_THREE = MultimodalDataset(TRAIN[:48].modalities, torch.arange(48)[:, None] % 3 != torch.arange(3))
+
+
+class Counts(PairwiseCLIP):
+    "Keeps every loss, and how many rows it is of; none where nothing can be contrasted."
+    def __init__(self): super().__init__(); self.losses = []
+    def forward(self, embeddings, present=None, generator=None):
+        self.losses.append((None, len(embeddings[0])))
+        loss = super().forward(embeddings, present)
+        self.losses[-1] = loss.item(), len(embeddings[0])
+        return loss
+
+
+def test_an_unlucky_batch_is_skipped_and_counted():
+    model = MultimodalModel({name: nn.Linear(8, DIM) for name in "ABC"}, Counts())
+    with pytest.warns(UserWarning, match="batches skipped") as caught: history = fit(model, TWO_OF_THREE, VALID, **{**QUICK, "batch_size": 2})
+    losses = model.objective.losses
+    skipped = sum(loss is None for loss, _ in losses)
+    assert len(losses) == 72 and 20 < skipped < 60
+    told = f"train: {skipped} of 72 batches skipped (present: no pair of modalities is present in 2 rows, so nothing can be contrasted); larger batches make that rarer"
+    assert [str(w.message) for w in caught] == [told]
+    for epoch, loss in enumerate(history["train_loss"]):
+        used = [(value, n) for value, n in losses[24*epoch:24*(epoch + 1)] if value is not None]
+        assert loss == pytest.approx(sum(value*n for value, n in used) / sum(n for _, n in used))
+
+
+def test_skipping_is_the_plain_loop_without_those_batches():
+    by_fit, plain = make("PairwiseCLIP"), make("PairwiseCLIP")
+    with pytest.warns(UserWarning, match="batches skipped"):
+        fit(by_fit, TWO_OF_THREE, VALID, target="A", epochs=1, batch_size=2, warmup_steps=3, weight_decay=0., clip=1e9, progress=False)
+    optimiser = AdamWScheduleFree(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-7, weight_decay=0., warmup_steps=3)
+    optimiser.train()
+    for rows in near_equal_batches(48, 2, generator(0)):
+        if rows[0] % 3 != rows[1] % 3: continue                                   # they share one modality, and no pair
+        optimiser.zero_grad()
+        plain.loss(TWO_OF_THREE[rows]).backward()
+        optimiser.step()
+    optimiser.eval()
+    assert same(weights(by_fit), weights(plain))
+
+
+def test_an_epoch_without_any_batch_is_an_error():
+    model, before = make("PairwiseCLIP"), weights(make("PairwiseCLIP"))
+    with pytest.raises(MissingError, match=r"epoch 1: none of 1 batches can be used \(present: no pair of modalities"): fit(model, TWO_OF_THREE[:3], VALID, **QUICK)
+    assert same(weights(model), before)
+
+
+def test_numbers_of_numpy_train_too():
+    one, two = make(), make()
+    settings = dict(epochs=2, batch_size=50, patience=1, bank_size=20, warmup_steps=3, seed=4, learning_rate=0.5, weight_decay=0.25, clip=0.5)
+    fit(one, TRAIN, VALID, "A", **settings, progress=False)
+    fit(two, TRAIN, VALID, "A", **{name: np.int64(x) if isinstance(x, int) else np.float32(x) for name, x in settings.items()}, progress=False)
+    assert digest(one) == digest(two)
+
+
+def test_present_is_a_tensor():
+    for use in (make().encode, make().loss):
+        with pytest.raises(DtypeError, match="present must be a bool tensor, got list"): use(TRAIN[:2], present=[[True]*3]*2)
+        with pytest.raises(ShapeError, match=r"present must have shape \(2, 3\)"): use(TRAIN[:2].modalities, present=torch.ones(3, 2, dtype=torch.bool))
 
 
 # Learning

@@ -22,7 +22,9 @@ def query_subsets(
     target:int, # index of the target, which is in none of them
     max_subset:int|None=None, # size of the largest subset; `None`: all M-1
 ) -> list[tuple[int, ...]]: # modalities by their indices, small subsets first: `()`, which stands for NULL, then single ones, then pairs, ...
-    "The subsets of the query modalities."
+    "The subsets of the query modalities; `RangeError` or `DtypeError` for what can't be."
+    check_whole("target", target, 0, check_whole("n_modalities", n_modalities, 2) - 1)
+    if max_subset is not None: check_whole("max_subset", max_subset, 0)
     query = [m for m in range(n_modalities) if m != target]
     largest = len(query) if max_subset is None else min(max_subset, len(query))
     return [subset for size in range(largest + 1) for subset in combinations(query, size)]
