@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import check_loss_input, check_name, check_range, check_score_input, full_precision, unit, EPS, ShapeError
+from .core import check_loss_input, check_name, check_range, check_score_input, full_precision, unit, DtypeError, EPS, ShapeError
 from .mip import dvs
 from .neutral import NeutralDirections
 
@@ -149,7 +149,8 @@ def length_coefficients(
 
 # %% ../nbs/api/gate.ipynb #6954cef6
 def _squared_lengths(a, c): return (c * a[2]).add_(a[1]).mul_(c).add_(a[0]).clamp_min_(EPS**2)
-def _inverse_length(q): return reduce(torch.mul, q.unbind(1)).rsqrt()
+def _inverse_length(q): # five lengths of `EPS` have a product of 0 in float32; the smallest normal number, which changes no larger product, keeps the inverse finite
+    return reduce(torch.mul, q.unbind(1)).clamp_min(torch.finfo(q.dtype).tiny).rsqrt()
 
 def _block_scores(weights_of, fits, null, limits, lengths, corners, closed):
     "Weights `(T, M-1, b, N)` and scores `(T, b, N)` of a block of rows."
@@ -256,7 +257,7 @@ class ModalityGate(nn.Module):
         kind:str="attention", # `"attention"`; `"matrix"`: a table blind to the input; `"open"`: alpha = 0, plain Symile
         renormalise:bool=True, # scale gated embeddings back to unit length
         strength:float=3., # initial logit of alpha: at 3 the gate may close by 95 %, at 0 by half
-        temperature:float=0.7, # initial T, more than 0.1
+        temperature:float=0.7, # initial T, at least 0.1; its bound, which it nears but never reaches: below 0.101, it starts at 0.101
         learn_strength:bool=True, # whether alpha is learned
         learn_temperature:bool=True, # whether T is learned
     ):
@@ -271,6 +272,9 @@ class ModalityGate(nn.Module):
         self.raw_temperature = nn.Parameter(torch.tensor(raw), requires_grad=learn_temperature)
         self.raw_strength = nn.Parameter(torch.tensor(float(strength)), requires_grad=learn_strength)
         if kind == "open": self.requires_grad_(False).raw_strength.fill_(-math.inf)
+        self.chosen = dict(kind=kind, weighting=weighting, null=null, renormalise=self.renormalise, strength=strength, temperature=temperature)
+
+    def extra_repr(self): return ", ".join(f"{name}={value!r}" for name, value in self.chosen.items())
 
 # %% ../nbs/api/gate.ipynb #b9b4b291
 @patch
@@ -283,7 +287,7 @@ def temperature(self:ModalityGate) -> Tensor: # a scalar above 0.1
     "T: what the fits are divided by."
     return F.softplus(self.raw_temperature) + 0.1
 
-# %% ../nbs/api/gate.ipynb #61385a5c
+# %% ../nbs/api/gate.ipynb #444eeb40
 class _Query(NamedTuple):
     "What query modalities bring, one for each of T targets, whatever the candidates."
     e:Tensor # `(T, B, D)`; the stand-in where it is missing
@@ -294,11 +298,13 @@ class _Query(NamedTuple):
     here:Tensor # bool `(T, B, 1)`
 
 @patch
-def _check_sizes(self:ModalityGate, embeddings):
-    "Checked embeddings, if the gate was made for them."
+def _check_made_for(self:ModalityGate, embeddings):
+    "Checked embeddings, if the gate was made for them; `ShapeError` or `DtypeError`."
     if (len(embeddings), embeddings[0].shape[1]) != (self.n_modalities, self.dim):
         raise ShapeError(f"the gate was made for {self.n_modalities} modalities of width {self.dim}, "
                          f"got {len(embeddings)} of width {embeddings[0].shape[1]}")
+    own, theirs = self.raw_strength.dtype, embeddings[0].dtype
+    if own != theirs: raise DtypeError(f"the gate's parameters are {own} and the embeddings {theirs} (half precision counts as float32); use gate.to({theirs})")
     return embeddings
 
 @patch
@@ -326,7 +332,7 @@ def _fits(queries, asked, N):
     here = torch.stack([q.here for q in queries], 1)
     return fits if here.all() else torch.where(here, fits, -math.inf)
 
-# %% ../nbs/api/gate.ipynb #c37997db
+# %% ../nbs/api/gate.ipynb #3c7ae138
 @patch
 def _asked_about(self:ModalityGate, embeddings, target, present):
     "For checked input and one target: the other modalities, what is asked, and the logits of NULL."
@@ -340,7 +346,7 @@ def weights(self:ModalityGate,
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
 ) -> tuple[Tensor, Tensor]: # weights `(B, N, M-1)` in the order of the modalities, and the weight of NULL `(B, N)`
     "How far each query modality is trusted about each candidate; 0 where it is missing. Errors: those of `check_score_input`."
-    embeddings = self._check_sizes(check_score_input(embeddings, target, present))
+    embeddings = self._check_made_for(check_score_input(embeddings, target, present))
     with full_precision(embeddings[0]):
         queries, asked, null = self._asked_about(embeddings, target, present)
         weights, null = self.weighting.weights(_fits(queries, asked, null.shape[-1]), null)
@@ -364,7 +370,7 @@ def gated(self:ModalityGate,
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
 ) -> Tensor: # `(B, N, M-1, D)`: the gated query embeddings for each candidate; large!
     "The definition of the gated embeddings, written out: the oracle of `scores` (Rheude et al. 2026)."
-    embeddings = self._check_sizes(check_score_input(embeddings, target, present))
+    embeddings = self._check_made_for(check_score_input(embeddings, target, present))
     with full_precision(embeddings[0]): return self._gated(*self._asked_about(embeddings, target, present))[0]
 
 # %% ../nbs/api/gate.ipynb #5c4a2402
@@ -416,7 +422,7 @@ def scores(self:ModalityGate,
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
 ) -> Tensor: # `(B, N)`: DVS-scaled MIP of candidate j with the embeddings of query i as gated for j
     "Gated MIP of all pairs, in `2**(M-1)` matrix products (Rheude et al. 2026). Errors: those of `check_score_input`."
-    embeddings = self._check_sizes(check_score_input(embeddings, target, present))
+    embeddings = self._check_made_for(check_score_input(embeddings, target, present))
     with full_precision(embeddings[0]):
         queries, asked, null = self._asked_about(embeddings, target, present)
         return self._scores(queries, embeddings[target][None], asked, null, dvs(self.n_modalities, self.dim))[0]
@@ -446,7 +452,7 @@ def batch(self:ModalityGate,
     scale:float|Tensor=1., # what all scores are multiplied by, such as the contrastive scale: cheaper here than on the scores
 ) -> Batch: # for `all_scores`, or in parts for `target_scores`
     "What all targets need of a batch, computed once. Errors: those of `check_loss_input`."
-    embeddings, everyone = self._check_sizes(check_loss_input(embeddings, present)), list(range(self.n_modalities))
+    embeddings, everyone = self._check_made_for(check_loss_input(embeddings, present)), list(range(self.n_modalities))
     with full_precision(embeddings[0]):
         candidates = torch.stack(embeddings)
         return Batch(*self._query(embeddings, everyone, present), candidates, *self._ask(candidates, everyone),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from gated_symile.core import generator, unit
+from gated_symile.core import DtypeError, generator, unit
 import gated_symile.gate as gates
 import gated_symile.objectives.gated
 from gated_symile.gate import ModalityGate, PLAIN
@@ -234,6 +234,40 @@ def test_many_modalities_neither_overflow_nor_lose_the_ranking():
             loss = objective(rows)
             loss.backward()
             assert loss.dtype == torch.float32 and loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+
+
+@pytest.mark.parametrize("M", [3, 5, 6, 8])
+def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M, monkeypatch):
+    "Half closed, all of them have length 0; from five on, the product of their lengths is 0 in float32 as well."
+    monkeypatch.setattr(gates, "factorised_pays", lambda *sizes: True)
+    gate = ModalityGate(M, 8, kind="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
+    e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_() for m, n in enumerate(gate.neutral().detach())]
+    assert written_out(gate, e, 0, None).abs().max() == 0
+    scores = gate.scores(e, 0)
+    assert scores.isfinite().all() and gradients(scores, gate, e).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ordinary_lengths_are_inverted_to_the_bit(dtype):
+    for M in range(2, 7):
+        q = 10**(-6*torch.rand(2, M - 1, 50, 60, generator=generator(M), dtype=dtype))
+        assert torch.equal(gates._inverse_length(q), math.prod(q.unbind(1)).rsqrt())
+
+
+@pytest.mark.parametrize("own, theirs", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64), (torch.float64, torch.float16)])
+def test_a_gate_of_another_precision_says_what_to_do(own, theirs):
+    objective, e = GatedSymile(ModalityGate(3, 8)).to(own), [unit(torch.randn(4, 8, generator=generator(m))).to(theirs) for m in range(3)]
+    full = torch.float64 if theirs == torch.float64 else torch.float32
+    for call in (objective, lambda e: objective.score(e, 0), lambda e: objective.gate.weights(e, 0), lambda e: objective.gate.gated(e, 0)):
+        with pytest.raises(DtypeError, match=f"parameters are {own} and the embeddings {full} .*gate.to\\({full}\\)"): call(e)
+    objective.gate.to(full)
+    assert objective(e).isfinite()
+
+
+def test_a_gate_says_how_it_was_made():
+    said = repr(ModalityGate(3, 8, kind="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
+    for setting in ("kind='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False", "strength=-1.0", "temperature=0.3"):
+        assert setting in said, (setting, said)
 
 
 def test_gradcheck():
