@@ -122,8 +122,9 @@ def audit_score(
 # %% ../nbs/api/audit.ipynb #d4d9391c
 def _sign_test(worse, better):
     "Two-sided probability of so uneven a split of changed rows, were each as likely to get worse as better."
-    n = worse + better
-    return min(1., 2 * sum(math.comb(n, i) for i in range(min(worse, better) + 1)) / 2**n)
+    n, few = worse + better, torch.arange(min(worse, better) + 1, dtype=torch.float64)
+    logs = math.lgamma(n + 1) - (few + 1).lgamma() - (n - few + 1).lgamma() - n*math.log(2)
+    return min(1., 2 * logs.exp().sum().item())
 
 def _listed(words): return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
