@@ -13,11 +13,16 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from .core import check_name, check_range, DtypeError, MissingError, ShapeError
+from .core import check_name, check_range, check_whole, DtypeError, MissingError, ShapeError, UnknownNameError
 from .data.dataset import MultimodalDataset
-from .retrieval import _check_whole, _encoded, bank_slices, bootstrap_interval, evaluating, metrics, Ranks, top_k
+from .retrieval import _encoded, bank_slices, bootstrap_interval, evaluating, metrics, Ranks, top_k
 
 # %% ../nbs/api/fragility.ipynb #74e65e71
+def _check_own_names(names, taken=("all", "clean", "corrupted")):
+    "`UnknownNameError` for a modality that is called like something else in the same table."
+    for name in names:
+        if name in taken: raise UnknownNameError(f"modality: {name!r} means something else in the table, so no modality can be called {' or '.join(map(repr, taken))}")
+
 def _groups(corrupted, names, n):
     "Which rows (bool `(n,)`) are in `all`, `clean`, `corrupted`, and corrupted in each modality; groups without rows are left out."
     everything = torch.ones(n, dtype=torch.bool)
@@ -25,6 +30,7 @@ def _groups(corrupted, names, n):
     if corrupted.dtype != torch.bool: raise DtypeError(f"corrupted must be of dtype bool, got {corrupted.dtype}")
     if corrupted.shape != (n, len(names)):
         raise ShapeError(f"corrupted must have shape {(n, len(names))}, one row a query and one column a name, got {tuple(corrupted.shape)}")
+    _check_own_names(names)
     corrupted = corrupted.cpu()
     groups = {"all": everything, "clean": ~corrupted.any(1), "corrupted": corrupted.any(1), **dict(zip(names, corrupted.T))}
     return {group: rows for group, rows in groups.items() if rows.any()}
@@ -37,7 +43,7 @@ def accuracy_by_corruption(
     ks:tuple=(1, 5), # the k of top-k accuracy
     generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
 ) -> pd.DataFrame: # columns `rows` (`all`, `clean`, `corrupted`, or the name of a corrupted modality), `n`, `metric`, `value`, `low`, `high`
-    "`metrics` of groups of rows; a group without rows is left out. `DtypeError` or `ShapeError` for `corrupted`."
+    "`metrics` of groups of rows; a group without rows is left out. `DtypeError` or `ShapeError` for `corrupted`, `UnknownNameError` for a modality called like a group."
     tables, seed = [], int(torch.randint(2**31, (), generator=generator)) # one seed for all: equal groups get equal intervals
     for group, rows in _groups(corrupted, names, len(ranks)).items():
         table = metrics(ranks[rows], ks, torch.Generator().manual_seed(seed))
@@ -54,7 +60,7 @@ def _normal():
 
 def _check_case(cosine, n_candidates, dim):
     "The numbers a closed form is computed from."
-    check_range("cosine", cosine, -1, 1); _check_whole("n_candidates", n_candidates, 1); _check_whole("dim", dim, 1)
+    check_range("cosine", cosine, -1, 1); check_whole("n_candidates", n_candidates, 1); check_whole("dim", dim, 1)
 
 def expected_top1(
     cosine:float, # between what the queries say together and the true candidate, expected; in [-1, 1]
@@ -125,6 +131,7 @@ def _at_top(read, model, dataset, target, bank_size, block_size, block=128):
 
 def _top_weights(model, dataset, target, bank_size, block_size):
     "The dataset without rows that can't be ranked, and weights `(rows,)` by name, with NULL, at each row's top-ranked candidate."
+    _check_own_names([name for name in model.names if name != target], ["NULL"])
     dataset, queries, weights = _at_top(_weights_at, model, dataset, target, bank_size, block_size)
     return dataset, dict(zip([*queries, "NULL"], weights.T))
 
@@ -137,7 +144,7 @@ def gate_by_corruption(
     block_size:int=1024, # rows encoded at a time
     generator:torch.Generator|None=None, # source of the bootstrap's draws; `None`: PyTorch's own
 ) -> pd.DataFrame: # columns `rows`, `n` as in `accuracy_by_corruption`; `modality` (a query's name or `NULL`), `value`, `low`, `high`
-    "Mean weight of each query modality at the top-ranked candidate, by what was corrupted; `MissingError` without a gate or without rows."
+    "Mean weight of each query modality at the top-ranked candidate, by what was corrupted; `MissingError` without a gate or without rows, `UnknownNameError` for a query called `NULL`."
     dataset, weights = _top_weights(model, dataset, target, bank_size, block_size)
     return pd.DataFrame([(group, rows.sum().item(), name, w[rows].double().mean().item(), *bootstrap_interval(w[rows], generator=generator))
                          for group, rows in _groups(dataset.corrupted, dataset.names, len(dataset)).items() for name, w in weights.items()],

@@ -378,9 +378,12 @@ def seed_interval(
 
 # %% ../nbs/api/sweep.ipynb #5bcfc523
 def _by_seed(record, **where):
-    "Seed -> each row's `top1`, of the one method and variant that `where` names."
+    "Seed -> each row's `top1`, of the one method that `where` names; `DataError` if it has several variants."
     lines = record[record["metric"] == "top1"]
     for name, value in where.items(): lines = lines[lines[name] == value]
+    if lines["seed"].duplicated().any():
+        raise DataError(f"record: {', '.join(f'{name} {value}' for name, value in where.items())}: a seed comes twice, in the variants "
+                        f"{', '.join(map(repr, lines['variant'].unique()))}; choose one first, or compare them by record.assign(objective=record['variant'])")
     return dict(zip(lines["seed"], lines["by_row"]))
 
 def summary(
@@ -398,7 +401,7 @@ def differences(
     objective:str, # the method that is compared
     rows:str="all", # `"all"`, `"clean"` or `"corrupted"`
 ) -> pd.DataFrame: # columns `data`, `p`, `objective` (the other one), `seeds` (in common), `value`, `low`, `high`
-    "Top-1 of `objective` minus that of each other method on the same seeds and rows; positive where `objective` is better."
+    "Top-1 of `objective` minus that of each other method on the same seeds and rows, positive where `objective` is better; `DataError` if one has several variants."
     lines = []
     for (data, p, other), _ in record[record["objective"] != objective].groupby(["data", "p", "objective"], sort=False):
         a, b = (_by_seed(record, data=data, p=p, rows=rows, objective=name) for name in (objective, other))

@@ -1,20 +1,22 @@
 "Closed forms of fragility against simulation; the audit and the alarm of a gate against what they say, counted by hand."
 import math
+import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from gated_symile.audit import _areas, _line, audit, audit_score, auroc, detection, EMBEDDING_KINDS, KINDS, verdict
+from gated_symile.audit import _areas, _line, _sign_test, audit, audit_score, auroc, detection, EMBEDDING_KINDS, KINDS, verdict
 from gated_symile.contrastive import info_nce
 from gated_symile.core import DtypeError, MissingError, NonFiniteError, RangeError, UnknownNameError, fill_missing, generator, unit
 from gated_symile.data.corruption import Gaussian, Missing, Swap, apply_corruption, corrupt, corrupt_one
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
-from gated_symile.fragility import expected_loss, expected_top1
+from gated_symile.fragility import accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption, moved_by_corruption
 from gated_symile.gate import ModalityGate
 from gated_symile.mip import mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
@@ -313,12 +315,36 @@ def test_rows_known_to_be_corrupted_are_no_evidence():
     assert table.n.eq(0).all() and table.note.str.contains("not known to be corrupted").all()
 
 
+# names that mean something
+
+
+@pytest.mark.parametrize("name", ["all", "clean", "corrupted"])
+def test_a_modality_called_like_a_group_of_rows_is_refused(name):
+    ranks, marks = rank_true(Symile().score, signs(9, 3, 16, 0), 0), torch.eye(3, dtype=torch.bool).repeat(3, 1)
+    with pytest.raises(UnknownNameError, match=f"modality: '{name}' means something else .* 'all' or 'clean' or 'corrupted'"):
+        accuracy_by_corruption(ranks, marks, ["A", name, "C"])
+    assert set(accuracy_by_corruption(ranks, None, ["A", name, "C"]).rows) == {"all"}              # where there is one group, nothing can be mistaken
+    model = Bare(GatedSymile(ModalityGate(3, 16)))
+    model.names = ["A", name, "C"]
+    data = MultimodalDataset(dict(zip(model.names, signs(9, 3, 16, 0))), corrupted=marks)
+    for table in (gate_by_corruption, moved_by_corruption):
+        with pytest.raises(UnknownNameError, match=f"'{name}'"): table(model, data, "A")
+
+
+def test_a_query_called_null_is_refused():
+    model = Bare(GatedSymile(ModalityGate(3, 16, null=True)))
+    model.names = ["A", "NULL", "C"]
+    data = MultimodalDataset(dict(zip(model.names, signs(9, 3, 16, 0))), corrupted=torch.eye(3, dtype=torch.bool).repeat(3, 1))
+    for table in (gate_by_corruption, detection):
+        with pytest.raises(UnknownNameError, match="modality: 'NULL' means something else"): table(model, data, "A")
+    assert set(gate_by_corruption(model, data, "NULL").modality) == {"A", "C", "NULL"}             # the target has no weight
+
+
 # the verdict
 
 
 def test_an_effect_that_is_not_there_is_seldom_claimed():
     "Before and after are independent draws of the same accuracy: nothing happened."
-    import pandas as pd
     claimed, g = 0, generator(0)
     for seed in range(200):
         n = (4, 10, 40, 150)[seed % 4]
@@ -326,6 +352,19 @@ def test_an_effect_that_is_not_there_is_seldom_claimed():
         line = dict(metric="top1", modality="x", kind="swapped", **_line(before, after, torch.full((n,), 0.01), seed))
         claimed += "no effect" not in verdict(pd.DataFrame([line]))
     assert claimed <= 16
+
+
+def test_the_sign_test_is_the_exact_one():
+    def exact(worse, better): return min(1., 2 * sum(math.comb(worse + better, i) for i in range(min(worse, better) + 1)) / 2**(worse + better))
+    for worse, better in [(a, b) for a in range(31) for b in range(31)] + [(450, 551), (500, 500), (100, 900)]:
+        assert _sign_test(worse, better) == pytest.approx(exact(worse, better), rel=1e-11), (worse, better)
+
+
+def test_a_verdict_on_many_rows_takes_no_time():
+    line = dict(metric="top1", modality="x", kind="swapped", n=50_000, untouched=0.8, value=0.79, cost=0.01, low=0.005, high=0.015, worse=5200, better=4800, chance=0.01, note="")
+    start = time.perf_counter()
+    assert "top-1 falls by 1 points" in verdict(pd.DataFrame([line]))
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("n, seen", [(3, False), (5, False), (6, True), (50, True)])

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gated_symile.sweep import COLUMNS, KEY, lines_of, Plan, PlannedRun, read_record, run_planned, runs_of
+from gated_symile.core import DataError
+from gated_symile.sweep import COLUMNS, differences, KEY, lines_of, Plan, PlannedRun, read_record, run_planned, runs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
@@ -68,6 +69,18 @@ def test_test_rows_in_the_tuning_are_noticed(tiny):
     plan, tuning, report = tiny
     assert faults(tuning, plan, "tuning", tuning) == []
     assert "the tuning looked at test rows" in faults(tuning.assign(rows="all"), plan, "tuning", tuning)
+
+
+def test_several_variants_of_a_method_are_not_mixed_up(tiny):
+    "Of each seed there is one line; else the last one would stand for all."
+    report = tiny[2]
+    better = report.assign(variant="better", by_row=[None if rows is None else [1.]*len(rows) for rows in report["by_row"]])
+    other, both = report.assign(objective="CLIP"), pd.concat([report, better])
+    for record, objective in ((pd.concat([both, other]), "CLIP"), (pd.concat([both, other]), "Symile"), (pd.concat([report, report, other]), "CLIP")):
+        with pytest.raises(DataError, match=r"record: data mfeat, p 0.5, .* objective Symile: a seed comes twice, .*'chosen'.*; choose one first"): differences(record, objective)
+    assert differences(pd.concat([better, other]), "CLIP")["seeds"].tolist() == [1]
+    between = differences(both.assign(objective=both["variant"]), "better")                         # one with the other
+    assert between["objective"].tolist() == ["chosen"] and between["value"][0] > 0
 
 
 def words(output):
