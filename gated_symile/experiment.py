@@ -13,6 +13,7 @@ import inspect
 import json
 import platform
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -28,14 +29,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from . import core
-from .core import check_name, check_range, generator, DataError, DtypeError, MissingError, OutputError, UnknownNameError
+from .core import check_name, check_range, check_whole, generator, DataError, DtypeError, MissingError, OutputError, UnknownNameError
 from .data.corruption import corrupt_one, Gaussian, Missing, Swap
 from .data.dataset import checked_names, MultimodalDataset, standardise, Standardiser
 from .data.mfeat import mfeat, MFEAT_VIEWS
 from .data.tabular import load_tabular
 from .data.xnor import synthetic_xnor
 from .encoders import MLP
-from .fragility import accuracy_by_corruption, gate_by_corruption
+from .fragility import _check_own_names, accuracy_by_corruption, gate_by_corruption
 from .gate import ModalityGate
 from .objectives.clip import PairwiseCLIP
 from .objectives.gated import GatedSymile
@@ -181,7 +182,8 @@ class RetrievalConfig:
         self.p, self.seeds = _as_list("p", self.p, (float, int)), _as_list("seeds", self.seeds, (int,))
         for p in self.p: check_range("p", p, 0, 1)
         self.objectives = [check_name("objectives", name, OBJECTIVES) for name in _as_list("objectives", self.objectives, (str,))]
-        for name, low in (("epochs", 1), ("batch_size", 2), ("dim", 1), ("learning_rate", 0)): check_range(name, getattr(self, name), low)
+        check_range("learning_rate", self.learning_rate, 0)
+        for name, low in (("epochs", 1), ("batch_size", 2), ("dim", 1)): setattr(self, name, check_whole(name, getattr(self, name), low))
         for name, options in check_options("objective_options", self.objective_options, list(OBJECTIVES)).items():
             check_options(f"objective_options of {name}", options, OBJECTIVE_OPTIONS[name])
         check_options("encoder_options", self.encoder_options, [n for n in option_names(MLP) if n != "in_features"])
@@ -199,6 +201,7 @@ class RetrievalConfig:
         if not others: raise MissingError(f"data: there is nothing to find {self.target!r} by; give a table for each modality, two at least")
         usual = [n for n in source.queries if n != self.target] or others
         self.queries = [check_name("queries", n, others) for n in (usual if self.queries is None else _as_list("queries", self.queries, (str,)))]
+        _check_own_names(self.names); _check_own_names(self.queries, ["NULL"])
 
     names = property(lambda self: [self.target, *self.queries], doc="The target, then the queries.")
 
@@ -338,8 +341,7 @@ def open_folder(
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder/".writable", b"")
-        (folder/".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise OutputError(f"out: can't write to {str(out)!r}: {error}") from error
     return folder
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import check_loss_input, check_name, check_range, check_score_input, full_precision, unit, DtypeError, EPS, ShapeError
+from .core import check_loss_input, check_name, check_range, check_score_input, check_whole, full_precision, unit, DtypeError, EPS, ShapeError
 from .mip import dvs
 from .neutral import NeutralDirections
 
@@ -246,7 +246,7 @@ def compiled_blocks() -> Blocks: # shared by all gates
 
 # %% ../nbs/api/gate.ipynb #7264ffc3
 class ModalityGate(nn.Module):
-    "Candidate-dependent gate over the query modalities (Rheude et al. 2026); any M >= 2."
+    "Candidate-dependent gate over the query modalities (Rheude et al. 2026); any M >= 2. `DtypeError`, `RangeError` or `UnknownNameError` for a setting."
     def __init__(self,
         n_modalities:int, # M
         dim:int, # D, the width of the embeddings
@@ -257,17 +257,17 @@ class ModalityGate(nn.Module):
         kind:str="attention", # `"attention"`; `"matrix"`: a table blind to the input; `"open"`: alpha = 0, plain Symile
         renormalise:bool=True, # scale gated embeddings back to unit length
         strength:float=3., # initial logit of alpha: at 3 the gate may close by 95 %, at 0 by half
-        temperature:float=0.7, # initial T, at least 0.1; its bound, which it nears but never reaches: below 0.101, it starts at 0.101
+        temperature:float=0.7, # initial T, in [0.1, 100]; learned, it nears 0.1 but never gets there, so below 0.101 it starts at 0.101
         learn_strength:bool=True, # whether alpha is learned
         learn_temperature:bool=True, # whether T is learned
     ):
         super().__init__()
-        check_range("n_modalities", n_modalities, 2); check_range("temperature", temperature, 0.1)
-        self.n_modalities, self.dim = n_modalities, dim
+        check_range("strength", strength, -math.inf); check_range("temperature", temperature, 0.1, 100)
+        self.n_modalities, self.dim = check_whole("n_modalities", n_modalities, 2), check_whole("dim", dim, 1)
         self.renormalise = renormalise and neutral != "none"
         self.blocks, self.weighting = PLAIN, WEIGHTINGS[check_name("weighting", weighting, WEIGHTINGS)]
-        self.fit = FITS[check_name("kind", kind, FITS)](n_modalities, dim, key_dim, null)
-        self.neutral = NeutralDirections(n_modalities, dim, neutral)
+        self.fit = FITS[check_name("kind", kind, FITS)](self.n_modalities, self.dim, check_whole("key_dim", key_dim, 1), null)
+        self.neutral = NeutralDirections(self.n_modalities, self.dim, neutral)
         raw = math.log(math.expm1(max(temperature - 0.1, 1e-3)))                   # softplus(raw) + 0.1 = temperature
         self.raw_temperature = nn.Parameter(torch.tensor(raw), requires_grad=learn_temperature)
         self.raw_strength = nn.Parameter(torch.tensor(float(strength)), requires_grad=learn_strength)

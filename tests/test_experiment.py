@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from gated_symile import (audit, encode_bank, generator, GatedSymile, load_tabular, load_weights, MLP, ModalityGate, MultimodalModel, rank_dataset, retrieve,
-                          DataError, DtypeError, MissingError, OutputError, ShapeError)
-from gated_symile.experiment import load_run, OBJECTIVES, rank_files, RetrievalConfig, run_one, save_runs, split_data
+                          DataError, DtypeError, MissingError, OutputError, RangeError, ShapeError, UnknownNameError)
+from gated_symile.experiment import load_run, OBJECTIVES, open_folder, rank_files, RetrievalConfig, run_one, save_runs, split_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE, RANK = (ROOT/"nbs"/"experiments"/f"{name}.ipynb" for name in ("retrieval", "rank"))
@@ -82,6 +83,28 @@ def test_out_that_cannot_be_written_stops_before_training(tmp_path):
     (tmp_path/"file").touch()
     done = papermill(tmp_path, "-p", "out", "file/inside")
     assert done.returncode != 0 and "out: can't write to 'file/inside'" in done.stderr
+
+
+def test_one_folder_for_many_at_a_time(tmp_path):
+    "Whoever looks whether it can be written to is in nobody's way, and leaves nothing behind."
+    with ThreadPoolExecutor(8) as pool: assert set(pool.map(open_folder, [tmp_path/"out"]*400)) == {tmp_path/"out"}
+    assert list((tmp_path/"out").iterdir()) == []
+
+
+@pytest.mark.parametrize("settings, error, match", [
+    (dict(dim=12.5), DtypeError, "dim must be a whole number, got 12.5"), (dict(epochs=1.5), DtypeError, "epochs must be a whole number"),
+    (dict(batch_size=64.), DtypeError, "batch_size must be a whole number"), (dict(batch_size=1), RangeError, "batch_size"), (dict(epochs=True), DtypeError, "epochs")])
+def test_settings_that_count_are_whole(settings, error, match):
+    with pytest.raises(error, match=match): RetrievalConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["clean", "NULL"])
+def test_a_table_called_like_something_else_stops_before_training(tables, tmp_path, name):
+    quietly(shutil.copytree, tables, tmp_path/"tables")
+    path = next(path for path in (tmp_path/"tables").iterdir() if path.stem != "image")
+    path.rename(path.with_stem(name))
+    with pytest.raises(UnknownNameError, match=f"modality: '{name}' means something else"): quietly(RetrievalConfig, data=str(tmp_path/"tables"), **SMALL)
+
 
 # Saved runs: from the file back to a model, and on to new rows
 

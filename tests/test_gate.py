@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from gated_symile.core import DtypeError, generator, unit
+from gated_symile.core import DtypeError, RangeError, generator, unit
 import gated_symile.gate as gates
 import gated_symile.objectives.gated
 from gated_symile.gate import ModalityGate, PLAIN
@@ -262,6 +262,24 @@ def test_a_gate_of_another_precision_says_what_to_do(own, theirs):
         with pytest.raises(DtypeError, match=f"parameters are {own} and the embeddings {full} .*gate.to\\({full}\\)"): call(e)
     objective.gate.to(full)
     assert objective(e).isfinite()
+
+
+@pytest.mark.parametrize("settings, error, match", [
+    (dict(n_modalities=3.5), DtypeError, "n_modalities must be a whole number, got 3.5"), (dict(n_modalities=1), RangeError, "n_modalities"),
+    (dict(dim=8.), DtypeError, "dim must be a whole number"), (dict(dim=0), RangeError, "dim"),
+    (dict(key_dim=2.5), DtypeError, "key_dim must be a whole number"), (dict(key_dim=0), RangeError, r"key_dim must lie in \[1, inf\], got 0"),
+    (dict(strength=math.nan), RangeError, "strength .* got nan"), (dict(strength="3"), DtypeError, "strength"),
+    (dict(temperature=0.0999), RangeError, "temperature"), (dict(temperature=math.nan), RangeError, "temperature"), (dict(temperature=1e3), RangeError, r"\[0.1, 100\]")])
+def test_settings_that_make_no_gate(settings, error, match):
+    with pytest.raises(error, match=match): ModalityGate(**{**dict(n_modalities=3, dim=8), **settings})
+
+
+def test_settings_at_their_bounds():
+    "What starts closer to the lowest temperature than 0.001 starts at 0.101, to the bit: recorded runs did."
+    raw = {ModalityGate(2, 4, temperature=t).raw_temperature.item() for t in (0.1, 0.1005)}
+    assert raw == {torch.tensor(math.log(math.expm1(1e-3))).item()}
+    assert ModalityGate(2, 4, temperature=100).temperature().item() == pytest.approx(100)
+    assert ModalityGate(2, 1, key_dim=1, strength=math.inf).strength() == 1 and ModalityGate(2, 4, strength=-math.inf).strength() == 0
 
 
 def test_a_gate_says_how_it_was_made():
