@@ -149,7 +149,7 @@ def length_coefficients(
 
 # %% ../nbs/api/gate.ipynb #6954cef6
 def _squared_lengths(a, c): return (c * a[2]).add_(a[1]).mul_(c).add_(a[0]).clamp_min_(EPS**2)
-def _inverse_length(q): # five lengths of `EPS` have a product of 0 in float32; the smallest normal number, which changes no larger product, keeps the inverse finite
+def _inverse_length(q): # `EPS**2` four times has a product of 0 in float32; the smallest normal number keeps it finite, and changes no product above
     return reduce(torch.mul, q.unbind(1)).clamp_min(torch.finfo(q.dtype).tiny).rsqrt()
 
 def _block_scores(weights_of, fits, null, limits, lengths, corners, closed):

@@ -238,7 +238,7 @@ def test_many_modalities_neither_overflow_nor_lose_the_ranking():
 
 @pytest.mark.parametrize("M", [3, 5, 6, 8])
 def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M, monkeypatch):
-    "Half closed, all of them have length 0; from five on, the product of their lengths is 0 in float32 as well."
+    "Half closed, all of them have length 0; from M = 5 on, the product of their squares at `EPS` is 0 in float32."
     monkeypatch.setattr(gates, "factorised_pays", lambda *sizes: True)
     gate = ModalityGate(M, 8, kind="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
     e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_() for m, n in enumerate(gate.neutral().detach())]
