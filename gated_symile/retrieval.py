@@ -88,8 +88,6 @@ def _scored(score, embeddings, target, present, memory, progress, k=1, own=None)
             yield rows, columns, *_table(score, [candidates if m == target else e for m, e in enumerate(queries)], target, there, rows, columns)
 
 # %% ../nbs/api/retrieval.ipynb #40683781
-_check_whole = check_whole
-
 def _check_search(embeddings, target, present, memory):
     "Queries checked, absent rows zero, in full precision, beside the bank as it is; and the numbers of queries and candidates."
     check_range("memory", memory, 0)

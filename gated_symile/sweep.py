@@ -109,8 +109,8 @@ def _of_gate(run, config):
     if hasattr(run.model.objective, "gate"):
         moved = moved_by_corruption(*args, **draws)
         tables.append(moved.assign(metric="cosine of " + moved["modality"] + " to its " + moved["end"]))
-    hit = run.rows.corrupted[:, [run.rows.names.index(name) for name in config.queries]]
-    if (hit.any(0) & ~hit.all(0)).any():
+    told = [run.rows.corrupted[:, run.rows.names.index(name)][run.rows.is_present(name)] for name in config.queries]
+    if any(bad.any() and not bad.all() for bad in told): # what is missing needs no detector
         found = detection(*args, **draws)
         tables.append(found.assign(metric="AUROC of " + found["modality"], rows="all", n=found["corrupted"] + found["others"], value=found["auroc"]))
     return [table[["metric", "rows", "n", "value", "low", "high"]] for table in tables]

@@ -1,6 +1,5 @@
 "Closed forms of fragility against simulation; the audit and the alarm of a gate against what they say, counted by hand."
 import math
-import time
 from dataclasses import replace
 
 import pandas as pd
@@ -360,11 +359,10 @@ def test_the_sign_test_is_the_exact_one():
         assert _sign_test(worse, better) == pytest.approx(exact(worse, better), rel=1e-11), (worse, better)
 
 
-def test_a_verdict_on_many_rows_takes_no_time():
-    line = dict(metric="top1", modality="x", kind="swapped", n=50_000, untouched=0.8, value=0.79, cost=0.01, low=0.005, high=0.015, worse=5200, better=4800, chance=0.01, note="")
-    start = time.perf_counter()
+def test_a_verdict_on_very_many_rows():
+    "Counting such a split out in whole numbers would take days."
+    line = dict(metric="top1", modality="x", kind="swapped", n=5_000_000, untouched=0.8, value=0.79, cost=0.01, low=0.005, high=0.015, worse=520_000, better=480_000, chance=0.01, note="")
     assert "top-1 falls by 1 points" in verdict(pd.DataFrame([line]))
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("n, seen", [(3, False), (5, False), (6, True), (50, True)])

@@ -83,6 +83,14 @@ def test_several_variants_of_a_method_are_not_mixed_up(tiny):
     assert between["objective"].tolist() == ["chosen"] and between["value"][0] > 0
 
 
+@pytest.mark.parametrize("objective", ["GatedSymile", "SubsetSymile"])
+def test_what_is_missing_needs_no_detector(objective):
+    "Weights are recorded, but not how well they name what is known."
+    settings = {"data_options.corruption": "missing", "epochs": 1, "dim": 8}
+    record = run_planned(PlannedRun("kinds", "mfeat", objective, "missing", 0.5, 0, settings))
+    assert record["metric"].str.startswith("weight of").any() and not record["metric"].str.startswith("AUROC").any()
+
+
 def words(output):
     "What an output says in words and numbers; figures and their sizes are not compared."
     text = output.get("text") or output.get("data", {}).get("text/markdown") or output.get("data", {}).get("text/plain", "")
