@@ -11,7 +11,7 @@ __all__ = ['RANGES', 'KEY', 'COLUMNS', 'draw_settings', 'as_config', 'PlannedRun
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -347,9 +347,10 @@ def parts_to_do(
     out:str|Path="runs/sweep", # as in `run_part`
     record:str|Path="nbs/results", # as in `run_part`
 ) -> list[tuple[str, str]]: # data set and objective
-    "Parts of which a run is not recorded; their files in `out` are removed unless they hold all that is planned."
+    "Parts of which a run is not recorded; their files in `out` are removed unless they hold all that is planned. `UnknownNameError` for a stage."
     plan, out = Plan.load(plan), Path(out)
-    standing, tuning, todo = progress_table(plan, record), read_record(Path(record)/"tuning.parquet"), []
+    alone = replace(plan, stages={name: plan.stages[check_name("stage", name, plan.stages)] for name in ("tuning", stage)})
+    standing, tuning, todo = progress_table(alone, record), read_record(Path(record)/"tuning.parquet"), []
     for part in standing[standing["stage"] == stage].itertuples():
         if part.recorded == part.planned: continue
         todo.append((part.data, part.objective))
