@@ -17,7 +17,7 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, RangeError,
                                ShapeError, UnknownNameError)
-from .mip import dvs, mip, mip_scores
+from .product import dvs, mip, mip_scores
 from .contrastive import info_nce, LogitScale
 from .neutral import NeutralDirections
 from .gate import ModalityGate
@@ -36,7 +36,7 @@ from .encoders import MLP
 from .retrieval import (bootstrap_interval, encode_bank, load_bank, metrics, rank_in_banks, rank_true, retrieve, save_bank, top_k, Bank,
                                     Ranks)
 from .fragility import accuracy_by_corruption, gate_by_corruption
-from .audit import audit, audit_score, detection, verdict
+from .auditing import audit, audit_score, detection, verdict
 from .training import fit, load_weights, rank_dataset, read_metadata, save_model, MultimodalModel
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .core import check_range, MissingError, ShapeError
-from .mip import dvs, mip, query_product
+from .product import dvs, mip, query_product
 
 # %% ../nbs/api/contrastive.ipynb #007abd6f
 def info_nce(

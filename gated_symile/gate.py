@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .core import check_loss_input, check_name, check_range, check_score_input, check_whole, full_precision, unit, DtypeError, EPS, ShapeError
-from .mip import dvs
+from .product import dvs
 from .neutral import NeutralDirections
 
 # %% ../nbs/api/gate.ipynb #d87467cc

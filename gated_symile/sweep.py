@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .audit import detection
+from .auditing import detection
 from .core import check_name, check_range, generator, DataError, DtypeError, MissingError, UnknownNameError
 from .experiment import code_commit, code_versions, OBJECTIVES, RetrievalConfig, run_one, train_one
 from .fragility import moved_by_corruption

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from gated_symile.audit import _areas, _line, _sign_test, audit, audit_score, auroc, detection, EMBEDDING_KINDS, KINDS, verdict
+from gated_symile.auditing import _areas, _line, _sign_test, audit, audit_score, auroc, detection, EMBEDDING_KINDS, KINDS, verdict
 from gated_symile.contrastive import info_nce
 from gated_symile.core import DtypeError, MissingError, NonFiniteError, RangeError, UnknownNameError, fill_missing, generator, unit
 from gated_symile.data.corruption import Gaussian, Missing, Swap, apply_corruption, corrupt, corrupt_one
@@ -17,7 +17,7 @@ from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
 from gated_symile.fragility import accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption, moved_by_corruption
 from gated_symile.gate import ModalityGate
-from gated_symile.mip import mip_scores
+from gated_symile.product import mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile

@@ -12,7 +12,7 @@ from gated_symile.core import DtypeError, RangeError, generator, unit
 import gated_symile.gate as gates
 import gated_symile.objectives.gated
 from gated_symile.gate import ModalityGate, PLAIN
-from gated_symile.mip import dvs
+from gated_symile.product import dvs
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
 from oracles import gated_score

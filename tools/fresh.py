@@ -1,4 +1,4 @@
-"""Run the notebooks again, and compare what their cells give with what is saved in them: `python tools/fresh.py [nbs/api/mip.ipynb ...]`.
+"""Run the notebooks again, and compare what their cells give with what is saved in them: `python tools/fresh.py [nbs/api/product.ipynb ...]`.
 
 Fails where a cell fails, as `nbdev_test` does, and where a page is stale. Skipped are folders with a `.notest` file, and cells with
 `#| eval: false` or one of the `tst_flags` of settings.ini. Words must be the same, numbers equal within `TOLERANCE` (processors round

@@ -1,4 +1,4 @@
-"""From the notebooks everything that is made of them: `python tools/notebooks.py [nbs/api/mip.ipynb ...]`.
+"""From the notebooks everything that is made of them: `python tools/notebooks.py [nbs/api/product.ipynb ...]`.
 
 Exports the package, executes the notebooks in place (all, or those named; folders with a `.notest` file only when named), cleans
 them, and makes README.md. Stops at the first error and leaves that notebook as it was.
