@@ -447,7 +447,7 @@ def test_a_batch_without_a_modality_is_named():
     model = make()
     model.standardiser.fit(TRAIN)
     with pytest.raises(MissingError, match="none of 1 batches can be used .batch lacks 'C'; it has 'A', 'B'"): fit(model, [TRAIN.select(["A", "B"]).modalities], VALID, **QUICK)
-    with pytest.raises(DtypeError, match="a batch must be a dict of tensors, or such a dict and present, got Tensor"): fit(model, [torch.ones(2, 8)], VALID, **QUICK)
+    with pytest.raises(DtypeError, match="a batch must be a dict of tensors, or with present, got Tensor"): fit(model, [torch.ones(2, 8)], VALID, **QUICK)
 
 
 def test_an_optimiser_of_ones_own():
