@@ -1,4 +1,4 @@
-"Closed forms of fragility against simulation; the audit and the alarm of a gate against what they say, counted by hand."
+"Closed forms of fragility against simulation; audit, tables and alarm against what they say, counted by hand."
 import math
 from dataclasses import replace
 
@@ -15,7 +15,8 @@ from gated_symile.data.corruption import Gaussian, Missing, Swap, apply_corrupti
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
-from gated_symile.fragility import accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption, moved_by_corruption
+from gated_symile.fragility import (accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption,
+                                    moved_by_corruption)
 from gated_symile.gate import ModalityGate
 from gated_symile.model import MultimodalModel, evaluating
 from gated_symile.objectives.base import Objective
@@ -37,7 +38,7 @@ def signs(n, M, D, seed):
 
 
 def drawn(cosine, N, D, rows, seed):
-    "Scores `(rows, N)` of random unit candidates, and in column 0 of one that has this cosine with the query, on average."
+    "Scores `(rows, N)` of random unit candidates, and in column 0 of one that has this cosine with the query."
     g = generator(seed)
     query = unit(torch.randn(rows, 1, D, generator=g, dtype=torch.float64))
     candidates = unit(torch.randn(rows, N, D, generator=g, dtype=torch.float64))
@@ -45,10 +46,14 @@ def drawn(cosine, N, D, rows, seed):
     return D**0.5 * (query * candidates).sum(-1)
 
 
+def there(data): return torch.stack([data.is_present(name) for name in data.names], 1)
+
+
 # closed forms
 
 
-@pytest.mark.parametrize("cosine, N, D", [(0., 10, 64), (0.25, 50, 64), (0.3, 100, 128), (0.5, 20, 32), (-0.2, 5, 64), (1., 30, 16)])
+@pytest.mark.parametrize("cosine, N, D", [
+    (0., 10, 64), (0.25, 50, 64), (0.3, 100, 128), (0.5, 20, 32), (-0.2, 5, 64), (1., 30, 16)])
 def test_expected_top1_is_what_random_unit_vectors_give(cosine, N, D):
     scores = drawn(cosine, N, D, 2000, 0)
     hits = (scores[:, :1] > scores[:, 1:]).all(1).double()
@@ -62,7 +67,8 @@ def test_expected_loss_is_what_random_scores_give(cosine, N, scale):
     z = torch.randn(20_000, N, generator=generator(N), dtype=torch.float64)
     z[:, 0] = cosine*8 + (1 - cosine**2)**0.5 * z[:, 0]
     losses = (scale*z).logsumexp(1) - scale*z[:, 0]
-    assert losses.mean().item() == pytest.approx(expected_loss(cosine, N, 64, scale), abs=4*losses.std().item()/20_000**0.5 + 1e-6)
+    error = losses.std().item() / 20_000**0.5
+    assert losses.mean().item() == pytest.approx(expected_loss(cosine, N, 64, scale), abs=4*error + 1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,11 +129,13 @@ def test_the_objective_of_corrupted_rows_loses_what_is_expected(scale):
         losses[0.].append(info_nce(scale * Symile().score(rows, 0)).item())
     for cosine, found in losses.items():
         found = torch.tensor(found)
-        assert found.mean().item() == pytest.approx(expected_loss(cosine, n, D, scale), abs=4*found.std().item()/10**0.5 + 0.02)
+        error = found.std().item() / 10**0.5
+        assert found.mean().item() == pytest.approx(expected_loss(cosine, n, D, scale), abs=4*error + 0.02)
 
 
 @pytest.mark.parametrize("name, value, error", [
-    ("cosine", 1.1, RangeError), ("cosine", math.nan, RangeError), ("cosine", "x", DtypeError), ("cosine", torch.tensor(0.5), DtypeError),
+    ("cosine", 1.1, RangeError), ("cosine", math.nan, RangeError), ("cosine", "x", DtypeError),
+    ("cosine", torch.tensor(0.5), DtypeError),
     ("n_candidates", 0, RangeError), ("n_candidates", 2.5, DtypeError), ("dim", 0, RangeError)])
 def test_impossible_cases_are_named(name, value, error):
     case = dict(cosine=0.5, n_candidates=10, dim=8) | {name: value}
@@ -188,8 +196,9 @@ def test_the_pairwise_sum_keeps_its_witness():
     shared, (a, *queries) = signs(200, 2, 64, 3)[0], signs(200, 3, 64, 4)
     rows = {name: unit(torch.cat([shared, own], 1)) for name, own in zip(NAMES, (a, *queries))}
     strange = lambda x, at, generator=None: unit(torch.randn(len(at), 128, generator=generator).sign())
-    costs = [by_line(audit_score(score, rows, "A", kinds={"strange": strange}, generator=generator(0))).cost["B", "strange"]
-             for score in (PairwiseCLIP().score, mip_scores)]
+    tables = [audit_score(score, rows, "A", kinds={"strange": strange}, generator=generator(0))
+              for score in (PairwiseCLIP(), mip_scores)]
+    costs = [by_line(table).cost["B", "strange"] for table in tables]
     assert costs[0] < 0.25 and costs[1] > 0.9
 
 
@@ -201,22 +210,24 @@ def test_a_line_is_what_a_corruption_by_hand_gives(kind):
     data = replace(data, corrupted=torch.rand(120, 3, generator=generator(2)) < 0.1)
     table = by_line(audit_score(Symile().score, data, "A", k=3, bank_size=20, generator=generator(5)))
     seed = int(torch.randint(2**31, (), generator=generator(5)))
-    here = torch.stack([data.is_present(name) for name in NAMES], 1)
+    here = there(data)
     data = data[here[:, 0] & here[:, 1:].any(1)]
-    here = torch.stack([data.is_present(name) for name in NAMES], 1)
+    here = there(data)
     for m in (1, 2):
-        counted = [i for i in range(len(data)) if here[i, m] and not data.corrupted[i].any() and (kind != "missing" or here[i, 3 - m])]
+        counted = [i for i in range(len(data))
+                   if here[i, m] and not data.corrupted[i].any() and (kind != "missing" or here[i, 3 - m])]
         hits = torch.zeros_like(here)
         hits[:, m] = here[:, m] & ~data.corrupted.any(1)
         bad = apply_corruption(data, hits, EMBEDDING_KINDS[kind], torch.Generator().manual_seed(seed))
         tops = []
         for d in (data, bad):
-            x, there = [d.modalities[name].clone() for name in NAMES], torch.stack([d.is_present(name) for name in NAMES], 1)
+            x, has = [d.modalities[name].clone() for name in NAMES], there(d)
             for i in range(len(data)):  # who would have nothing left stays as it was
-                if i not in counted: x[m][i], there[i] = data.modalities[NAMES[m]][i], here[i]
-            tops.append(rank_in_banks(Symile().score, x, 0, 20, there).top(3)[counted])
+                if i not in counted: x[m][i], has[i] = data.modalities[NAMES[m]][i], here[i]
+            tops.append(rank_in_banks(Symile(), x, 0, 20, has).top(3)[counted])
         line = table.loc[(NAMES[m], kind)]
-        assert (line.n, line.untouched, line.value) == (len(counted), pytest.approx(tops[0].mean().item()), pytest.approx(tops[1].mean().item()))
+        before, after = (top.mean().item() for top in tops)
+        assert (line.n, line.untouched, line.value) == (len(counted), pytest.approx(before), pytest.approx(after))
         assert line.cost == pytest.approx((tops[0] - tops[1]).mean().item()) and line.low <= line.cost <= line.high
         assert (line.worse, line.better) == ((tops[1] < tops[0]).sum().item(), (tops[1] > tops[0]).sum().item())
 
@@ -241,8 +252,10 @@ def test_what_cannot_be_measured_is_said():
         return mip_scores(embeddings, target)
     for score, note in ((mip_scores, "the score takes no `present`"), (complete, "present: all three are needed")):
         table = by_line(audit_score(score, rows, "A", generator=generator(0)))
-        assert table.n.to_list() == [30, 30, 0]*2 and table.note["B", "missing"] == note and math.isnan(table.cost["B", "missing"])
-        assert by_line(audit_score(score, rows, "A", kinds={"swapped": Swap()}, generator=generator(0))).cost["B", "swapped"] == table.cost["B", "swapped"]
+        assert table.n.to_list() == [30, 30, 0]*2 and table.note["B", "missing"] == note
+        assert math.isnan(table.cost["B", "missing"])
+        alone = by_line(audit_score(score, rows, "A", kinds={"swapped": Swap()}, generator=generator(0)))
+        assert alone.cost["B", "swapped"] == table.cost["B", "swapped"]
     pair = audit_score(PairwiseCLIP().score, {"A": rows["A"], "B": rows["A"]}, "A", kinds={"missing": Missing()})
     assert "no row has 'B'" in pair.note[0] and verdict(pair).startswith("- `B` could not be judged: no row has 'B'")
     with pytest.raises(MissingError, match="takes no `present`"):
@@ -250,12 +263,15 @@ def test_what_cannot_be_measured_is_said():
 
 
 @pytest.mark.parametrize("change, error, match", [
-    (dict(target="Z"), UnknownNameError, "'Z'"), (dict(k=0), RangeError, "k"), (dict(k=1.5), DtypeError, "k"), (dict(bank_size=31), RangeError, "bank_size"),
-    (dict(bank_size=0), RangeError, "bank_size"), (dict(kinds=Swap()), DtypeError, "kinds"), (dict(kinds={"swapped": Swap}), DtypeError, "kind"),
-    (dict(kinds={"swapped": {"B": Swap()}}), UnknownNameError, "'C'"), (dict(embeddings={"A": torch.ones(30, 4)*math.nan, "B": torch.ones(30, 4)}), MissingError, "none of 30"),
+    (dict(target="Z"), UnknownNameError, "'Z'"), (dict(k=0), RangeError, "k"), (dict(k=1.5), DtypeError, "k"),
+    (dict(bank_size=31), RangeError, "bank_size"), (dict(bank_size=0), RangeError, "bank_size"),
+    (dict(kinds=Swap()), DtypeError, "kinds"), (dict(kinds={"swapped": Swap}), DtypeError, "kind"),
+    (dict(kinds={"swapped": {"B": Swap()}}), UnknownNameError, "'C'"),
+    (dict(embeddings={"A": torch.ones(30, 4)*math.nan, "B": torch.ones(30, 4)}), MissingError, "none of 30"),
     (dict(score=lambda e, t, present=None: e[1] @ e[0].T * math.nan), NonFiniteError, "score is NaN")])
 def test_faults_of_an_audit_are_named(change, error, match):
-    with pytest.raises(error, match=match): audit_score(**{**dict(score=Symile().score, embeddings=dict(zip(NAMES, signs(30, 3, 16, 6))), target="A"), **change})
+    case = dict(score=Symile(), embeddings=dict(zip(NAMES, signs(30, 3, 16, 6))), target="A") | change
+    with pytest.raises(error, match=match): audit_score(**case)
 
 
 def test_an_audit_is_repeatable_and_leaves_no_trace():
@@ -265,7 +281,7 @@ def test_an_audit_is_repeatable_and_leaves_no_trace():
     assert tables[0].equals(tables[1]) and not tables[0].equals(tables[2])
     assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(before[name], x) for name, x in rows.items())
     one = audit_score(Symile().score, rows, "A", kinds={"noised": EMBEDDING_KINDS["noised"]}, generator=generator(0))
-    assert by_line(one).loc[("C", "noised")].equals(by_line(tables[0]).loc[("C", "noised")])  # a line does not depend on the others
+    assert by_line(one).loc[("C", "noised")].equals(by_line(tables[0]).loc[("C", "noised")])    # whatever the others
 
 
 # the audit of a model
@@ -286,12 +302,10 @@ def model_and_data(rows=90, missing=0.):
     return model.train(), corrupt(data, {"B": missing, "C": missing}, Missing(), generator(2)) if missing else data
 
 
-def there(data): return torch.stack([data.is_present(name) for name in data.names], 1)
-
-
 def test_a_model_that_encodes_nothing_is_audited_as_its_score():
-    data = corrupt(MultimodalDataset(dict(zip(NAMES, signs(80, 3, 16, 8)))), {"B": 0.2, "C": 0.2}, Missing(), generator(0))
-    by_score = [audit_score(score, data, "A", kinds=KINDS, generator=generator(3)) for score in (Symile(), Symile().score)]
+    data = MultimodalDataset(dict(zip(NAMES, signs(80, 3, 16, 8))))
+    data, scores = corrupt(data, {"B": 0.2, "C": 0.2}, Missing(), generator(0)), (Symile(), Symile().score)
+    by_score = [audit_score(score, data, "A", kinds=KINDS, generator=generator(3)) for score in scores]
     assert by_score[0].equals(by_score[1])
     by_model = audit(bare(Symile()), data, "A", kinds={"missing": Missing()}, generator=generator(3))
     assert by_model.equals(by_score[0].query("kind == 'missing'").reset_index(drop=True))
@@ -303,17 +317,20 @@ def test_a_model_is_corrupted_at_its_inputs(missing):
     model.train()
     table = by_line(audit(model, data, "A", k=25, generator=generator(0), block_size=17))
     assert all(module.training for module in model.modules())                 # dropout is off, and on again
-    here = torch.stack([data.is_present(name) for name in NAMES], 1)
+    here = there(data)
     data = data[here[:, 0] & here[:, 1:].any(1)]
     clean = ~data.corrupted.any(1)
     seed, model = int(torch.randint(2**31, (), generator=generator(0))), model.eval()
     hits = torch.zeros(len(data), 3, dtype=torch.bool)
     hits[:, 2] = clean
-    bad, rows = apply_corruption(data, hits, Gaussian(), torch.Generator().manual_seed(seed)), clean & data.is_present("C")
-    before, after = (rank_in_banks(model.objective, model.embed(d), 0, None, d.present).top(25)[rows] for d in (data, bad))
+    bad = apply_corruption(data, hits, Gaussian(), torch.Generator().manual_seed(seed))
+    ranks = [rank_in_banks(model.objective, model.embed(d), 0, None, d.present) for d in (data, bad)]
+    rows = clean & data.is_present("C")
+    before, after = (r.top(25)[rows] for r in ranks)
     assert (before != after).any()
     line = table.loc[("C", "noised")]
-    assert (line.n, line.untouched, line.value) == (rows.sum(), pytest.approx(before.mean().item()), pytest.approx(after.mean().item()))
+    before, after = (top.mean().item() for top in (before, after))
+    assert (line.n, line.untouched, line.value) == (rows.sum(), pytest.approx(before), pytest.approx(after))
 
 
 def test_rows_known_to_be_corrupted_are_no_evidence():
@@ -329,9 +346,9 @@ def test_rows_known_to_be_corrupted_are_no_evidence():
 @pytest.mark.parametrize("name", ["all", "clean", "corrupted"])
 def test_a_modality_called_like_a_group_of_rows_is_refused(name):
     ranks, marks = rank_true(Symile(), signs(9, 3, 16, 0), 0), torch.eye(3, dtype=torch.bool).repeat(3, 1)
-    with pytest.raises(UnknownNameError, match=f"modality: '{name}' means something else .* 'all' or 'clean' or 'corrupted'"):
+    with pytest.raises(UnknownNameError, match=f"'{name}' means something else .* 'all' or 'clean' or 'corrupted'"):
         accuracy_by_corruption(ranks, marks, ["A", name, "C"])
-    assert set(accuracy_by_corruption(ranks, None, ["A", name, "C"]).rows) == {"all"}  # where there is one group, nothing can be mistaken
+    assert set(accuracy_by_corruption(ranks, None, ["A", name, "C"]).rows) == {"all"}     # one group: no mistake
     model = bare(GatedSymile(ModalityGate(3, 16)), ["A", name, "C"])
     data = MultimodalDataset(dict(zip(model.names, signs(9, 3, 16, 0))), corrupted=marks)
     for table in (gate_by_corruption, moved_by_corruption):
@@ -340,7 +357,8 @@ def test_a_modality_called_like_a_group_of_rows_is_refused(name):
 
 def test_a_query_called_null_is_refused():
     model = bare(GatedSymile(ModalityGate(3, 16, null=True)), ["A", "NULL", "C"])
-    data = MultimodalDataset(dict(zip(model.names, signs(9, 3, 16, 0))), corrupted=torch.eye(3, dtype=torch.bool).repeat(3, 1))
+    marks = torch.eye(3, dtype=torch.bool).repeat(3, 1)
+    data = MultimodalDataset(dict(zip(model.names, signs(9, 3, 16, 0))), corrupted=marks)
     for table in (gate_by_corruption, detection):
         with pytest.raises(UnknownNameError, match="modality: 'NULL' means something else"): table(model, data, "A")
     assert set(gate_by_corruption(model, data, "NULL").modality) == {"A", "C", "NULL"}  # the target has no weight
@@ -362,7 +380,8 @@ def test_an_effect_that_is_not_there_is_seldom_claimed():
 
 def test_a_verdict_on_very_many_rows():
     "Counting such a split out in whole numbers would take days."
-    line = dict(metric="top1", modality="x", kind="swapped", n=5_000_000, untouched=0.8, value=0.79, cost=0.01, low=0.005, high=0.015, worse=520_000, better=480_000, chance=0.01, note="")
+    line = dict(metric="top1", modality="x", kind="swapped", n=5_000_000, untouched=0.8, value=0.79, cost=0.01,
+                low=0.005, high=0.015, worse=520_000, better=480_000, chance=0.01, note="")
     assert "top-1 falls by 1 points" in verdict(pd.DataFrame([line]))
 
 
@@ -370,7 +389,8 @@ def test_a_verdict_on_very_many_rows():
 def test_a_total_loss_is_claimed_from_six_rows_on(n, seen):
     rows = {"A": torch.eye(60)[:n], "B": torch.eye(60)[:n], "C": torch.eye(60)[:n]}
     gone = lambda x, at, generator=None: -x[at]
-    said = verdict(audit_score(lambda e, t, present=None: e[1] @ e[0].T, rows, "A", kinds={"turned": gone}, generator=generator(0)))
+    only_b = lambda e, t, present=None: e[1] @ e[0].T
+    said = verdict(audit_score(only_b, rows, "A", kinds={"turned": gone}, generator=generator(0)))
     assert ("With `B` turned, top-1 falls by 100 points" in said) == seen and f"in {n} rows" in said
     assert f"With `C` turned, no effect on top-1 (1.00) could be seen in {n} rows." in said
 
@@ -397,8 +417,8 @@ def alarm(seed, shift, rows):
     "Rows of which the corrupted ones have lower weights; as directions, whose first coordinate orders them alike."
     bad = torch.rand(rows, generator=generator(seed)) < 0.3
     angle = (torch.randn(rows, generator=generator(seed + 1)) - shift*bad).neg().atan() + math.pi/2
-    data = MultimodalDataset({"A": torch.ones(rows, 2), "B": torch.stack([angle.cos(), angle.sin()], 1), "C": torch.ones(rows, 2)},
-                             corrupted=torch.stack([torch.zeros_like(bad), bad, torch.zeros_like(bad)], 1))
+    b, same, never = torch.stack([angle.cos(), angle.sin()], 1), torch.ones(rows, 2), torch.zeros_like(bad)
+    data = MultimodalDataset({"A": same, "B": b, "C": same}, corrupted=torch.stack([never, bad, never], 1))
     return detection(bare(Reading()), data, "A", seed=seed)
 
 
@@ -412,9 +432,10 @@ def test_an_alarm_is_as_good_as_its_weights(shift, expected):
 def test_the_alarm_does_not_know_which_candidate_is_true():
     model, data = model_and_data()
     order = torch.randperm(90, generator=generator(3))
-    other = replace(data, modalities={**data.modalities, "A": data.modalities["A"][order]})  # the same bank, other truths
+    other = replace(data, modalities={**data.modalities, "A": data.modalities["A"][order]})  # the bank, other truths
     tables = [detection(model, d, "A") for d in (data, other)]
-    assert tables[0].equals(tables[1]) or (tables[0].drop(columns="modality") - tables[1].drop(columns="modality")).abs().to_numpy().max() < 1e-3
+    one, other = (table.set_index("modality") for table in tables)
+    assert (one - other).abs().to_numpy().max() < 1e-3
 
 
 @pytest.mark.parametrize("missing", [0., 0.25])
@@ -437,15 +458,16 @@ def test_the_alarm_is_read_from_the_gate_at_the_top_ranked_candidate(missing):
 def test_a_gate_set_by_hand_names_what_was_corrupted():
     "Its fit is the cosine with the candidate, and strangers are no candidates."
     shared, b, c = torch.randn(3, 200, 32, generator=generator(0)).sign()
-    rows = {"A": torch.cat([shared, b*c], 1) / 8, "B": torch.cat([shared, b], 1) / 8, "C": torch.cat([shared, c], 1) / 8}
+    rows = {name: torch.cat([shared, own], 1) / 8 for name, own in zip(NAMES, (b*c, b, c))}
     strange = lambda x, at, generator=None: torch.randn(len(at), 64, generator=generator).sign() / 8
     data = corrupt_one(MultimodalDataset(rows), ["B", "C"], 0.5, strange, generator(1))
     gate = ModalityGate(3, 64, 64, null=True, neutral="ones", temperature=0.15)
     with torch.no_grad():
         for projections in (gate.fit.query, gate.fit.key): projections.copy_(torch.eye(64))
         for parameter in gate.fit.null_head[-1].parameters(): parameter.zero_()
+        gate.fit.null_bias.fill_(0.25)
     table = detection(bare(GatedSymile(gate)), data, "A")
-    assert table.modality.tolist() == ["B", "C"] and table.auroc.min() > 0.95
+    assert table.modality.tolist() == ["B", "C"] and table.auroc.min() > 0.9
     blind = detection(bare(GatedSymile(ModalityGate(3, 64, kind="matrix"))), data, "A")
     assert blind[["auroc", "low", "high"]].eq(0.5).all().all()
 
@@ -476,7 +498,8 @@ def test_accuracy_by_corruption_is_the_mean_of_the_rows(missing):
     model, data = model_and_data(missing=missing)
     data = data[data.present.sum(1) > 1] if missing else data
     ranks = rank_in_banks(model.objective, model.embed(data), 0, 20, data.present)
-    table, counts = accuracy_by_corruption(ranks, data.corrupted, NAMES, ks=(1, 5)), list(zip(ranks.above.tolist(), ranks.tied.tolist()))
+    table = accuracy_by_corruption(ranks, data.corrupted, NAMES, ks=(1, 5))
+    counts = list(zip(ranks.above.tolist(), ranks.tied.tolist()))
     hits = {f"top{k}": [sum(r <= k for r in range(a+1, a+t+2)) / (t+1) for a, t in counts] for k in (1, 5)}
     expected = {(group, metric): (int(rows.sum()), torch.tensor(hit, dtype=torch.float64)[rows].mean().item())
                 for group, rows in groups(data.corrupted) if rows.any() for metric, hit in hits.items()}
@@ -512,12 +535,15 @@ def test_the_gate_by_corruption_is_read_at_the_top(target, missing):
 @pytest.mark.parametrize("bank_size", [None, 30])
 def test_the_gate_does_not_know_which_candidate_is_true(bank_size):
     model, data = model_and_data()
-    order = torch.cat([start + torch.randperm(bank_size or 90, generator=generator(3)) for start in range(0, 90, bank_size or 90)])
-    other = MultimodalDataset({**data.modalities, "A": data.modalities["A"][order]}, corrupted=data.corrupted)  # the same banks, other truths
+    size = bank_size or 90
+    order = torch.cat([start + torch.randperm(size, generator=generator(3)) for start in range(0, 90, size)])
+    shuffled = {**data.modalities, "A": data.modalities["A"][order]}             # the same banks, other truths
+    other = MultimodalDataset(shuffled, corrupted=data.corrupted)
     tables = [gate_by_corruption(model, d, "A", bank_size) for d in (data, other)]
     keys = ["rows", "n", "modality"]
     assert tables[0][keys].equals(tables[1][keys])
-    torch.testing.assert_close(*(torch.tensor(t[["value", "low", "high"]].to_numpy()) for t in tables), atol=1e-5, rtol=0)
+    one, two = (t[["value", "low", "high"]].to_numpy() for t in tables)
+    assert one == pytest.approx(two, abs=1e-5)
     at_truth = [torch.cat([w.diagonal().T for _, w in by_hand(model, d, "A", bank_size or 90)]) for d in (data, other)]
     bad = data.corrupted[:, 1]  # read at the true one, they would differ
     assert (at_truth[0][bad].mean(0) - at_truth[1][bad].mean(0)).abs().max() > 1e-3
@@ -565,10 +591,11 @@ def test_an_objective_of_ones_own_is_ranked_and_audited(objective, missing):
 def test_what_an_objective_declares_is_what_can_be_asked(missing):
     model, data = model_and_data(missing=missing)
     for objective, table, lacks in [
-            (WeightedSum(), gate_by_corruption, "weights"), (WeightedSum(), detection, "weights"), (WeightedSum(), moved_by_corruption, "gated"),
-            (Symile(), gate_by_corruption, "weights"), (Weighing(), moved_by_corruption, "gated")]:
-        model.objective = objective
-        with pytest.raises(MissingError, match=f'{type(objective).__name__} declares no "{lacks}"'): table(model, data, "A")
+            (WeightedSum(), gate_by_corruption, "weights"), (WeightedSum(), detection, "weights"),
+            (WeightedSum(), moved_by_corruption, "gated"), (Symile(), gate_by_corruption, "weights"),
+            (Weighing(), moved_by_corruption, "gated")]:
+        model.objective, message = objective, f'{type(objective).__name__} declares no "{lacks}"'
+        with pytest.raises(MissingError, match=message): table(model, data, "A")
     model.objective = Weighing()
     trust = gate_by_corruption(model, data, "A").set_index(["rows", "modality"]).value.xs("all")
     assert trust.sum() == pytest.approx(1., abs=1e-6) and trust["NULL"] == 0
