@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPS', 'GatedSymileError', 'ShapeError', 'DtypeError', 'NonFiniteError', 'MissingError', 'RangeError',
            'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'check_whole', 'full_precision',
-           'upcast', 'unit', 'generator', 'fill_missing', 'check_finite', 'check_score_shapes', 'check_score_input',
-           'check_loss_input', 'whole_file']
+           'upcast', 'unit', 'generator', 'fill_missing', 'check_finite', 'check_present', 'check_score_shapes',
+           'check_score_input', 'check_loss_input', 'whole_file']
 
 # %% ../nbs/api/core.ipynb #45c06261
 import os
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def check_finite(
     if torch.compiler.is_compiling() or x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite(): return
     bad = (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().add(first).tolist()
     if bad: raise NonFiniteError(f"{what} has NaN or infinity in {len(bad)} present rows, the first: {bad[:5]}; "
-                                 "mark absent rows in `present`, fill single holes (`standardise` does)")
+                                 "mark absent rows in `present`, fill single holes (a model's standardiser does)")
 
 # %% ../nbs/api/core.ipynb #fdab77f7
 def _check_shapes(embeddings):
@@ -156,8 +157,12 @@ def _check_dtypes(embeddings):
     if len({upcast(e[:0]).dtype for e in embeddings}) > 1:
         raise DtypeError(f"embeddings must share one dtype (half precision counts as float32), got {[e.dtype for e in embeddings]}")
 
-def _check_present(present, rows, n_modalities):
-    "A bool matrix `(rows, M)`."
+def check_present(
+    present:Tensor, # what came
+    rows:int, # how many there are
+    n_modalities:int, # M
+):
+    "`DtypeError` or `ShapeError` unless it is a bool tensor `(rows, M)`."
     if not isinstance(present, Tensor): raise DtypeError(f"present must be a bool tensor, got {type(present).__name__}")
     if present.dtype != torch.bool: raise DtypeError(f"present must be of dtype bool, got {present.dtype}")
     if present.shape != (rows, n_modalities):
@@ -184,7 +189,7 @@ def check_score_shapes(
     rows = {len(e) for m, e in enumerate(embeddings) if m != target}
     if len(rows) > 1: raise ShapeError(f"queries must share one number of rows, got {[tuple(e.shape) for e in embeddings]} with target {target}")
     if present is not None:
-        _check_present(present, rows.pop(), M)
+        check_present(present, rows.pop(), M)
         others = [m for m in range(M) if m != target]
         empty = (~present[:, others].any(1)).nonzero().flatten().tolist()
         if empty: raise MissingError(f"present: {len(empty)} rows have no query modality for target {target}, the first: {empty[:5]}")
@@ -211,7 +216,7 @@ def check_loss_input(
     if len(set(rows)) > 1: raise ShapeError(f"embeddings must have the same rows, got {[tuple(e.shape) for e in embeddings]}")
     if rows[0] < 2: raise ShapeError("embeddings must have at least 2 rows: one row has nothing to be contrasted with")
     if present is not None:
-        _check_present(present, rows[0], len(embeddings))
+        check_present(present, rows[0], len(embeddings))
         lonely = (present.sum(1) < 2).nonzero().flatten().tolist()
         if lonely: raise MissingError(f"present: {len(lonely)} rows have fewer than 2 modalities, the first: {lonely[:5]}")
     return _filled(embeddings, present)
@@ -223,7 +228,7 @@ def whole_file(
 ):
     "A binary file to write to, which appears at `path` when the `with` block ends well, and else not at all; `OutputError` if it can't be written."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part") # two threads may write at once: the last one wins
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file: yield file

@@ -21,7 +21,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn, Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (_check_present, check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
+from .core import (check_present, check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
 from .gate import ModalityGate
@@ -66,7 +66,7 @@ def _unpack(self:MultimodalModel, batch, present):
         check_inputs(self, batch)
         if present is None: present = batch.select(self.names).present
         batch = batch.modalities
-    if present is not None: _check_present(present, len(batch[self.names[0]]), len(self.names))
+    if present is not None: check_present(present, len(batch[self.names[0]]), len(self.names))
     return batch, present
 
 @patch
