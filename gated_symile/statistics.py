@@ -61,11 +61,12 @@ def _checked_values(values):
     "One array of float64 a seed."
     several = values if isinstance(values, (list, tuple)) else [values]
     if not several: raise MissingError("values: at least one seed is needed")
-    plain = [x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=float) for x in several]
-    for x in plain:
+    def plain(x): return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=float)
+    several = [plain(x) for x in several]
+    for x in several:
         if x.ndim != 1 or not len(x): raise ShapeError(f"values must be (B,) with B >= 1, for each seed, got {x.shape}")
         if bad := (~np.isfinite(x)).sum(): raise NonFiniteError(f"values: {bad} of {len(x)} are not finite")
-    return plain
+    return several
 
 def _drawn(values, statistic, resamples, rng):
     "The statistic of each draw of `values`, `(resamples,)`."
@@ -124,7 +125,7 @@ def _areas(scores, positive):
     def areas(draws):
         cells = (2*code + positive)[draws.long()]
         counts = torch.zeros(len(draws), 2*size, dtype=torch.float64).scatter_add_(1, cells, one.expand_as(cells))
-        n, p = counts[:, 0::2], counts[:, 1::2]                        # (R, size): negative and positive rows with each score
+        n, p = counts[:, 0::2], counts[:, 1::2]                        # (R, size): negative and positive, by score
         pairs, ordered = n.sum(1) * p.sum(1), (p * (n.cumsum(1) - n/2)).sum(1)
         return torch.where(pairs > 0, ordered / pairs.clamp(min=1), 0.5)
     return areas
@@ -132,7 +133,8 @@ def _areas(scores, positive):
 def _check_alarm(scores, positive):
     "The border of both: on the CPU."
     if scores.dim() != 1 or scores.shape != positive.shape:
-        raise ShapeError(f"scores and positive must both be (rows,), got {tuple(scores.shape)} and {tuple(positive.shape)}")
+        raise ShapeError(f"scores and positive must both be (rows,), got {tuple(scores.shape)} "
+                         f"and {tuple(positive.shape)}")
     if positive.dtype != torch.bool: raise DtypeError(f"positive must be of dtype bool, got {positive.dtype}")
     if scores.isnan().any(): raise NonFiniteError(f"scores: {scores.isnan().sum()} of {len(scores)} are NaN")
     if positive.all() or not positive.any():
