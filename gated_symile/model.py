@@ -37,17 +37,18 @@ def _key(name):
     return f"%{name}" if name in _TAKEN else _escaped(name)
 
 # %% ../nbs/api/model.ipynb #b396a274
-FAR = 5 # so many standard deviations from the training rows, in the mean square, are no chance
+FAR = 5 # so many standard deviations from the training rows, in the mean square, or so many times smaller, are no chance
 
 def _strange(x, mean, std):
-    "Of rows of one modality: which columns tell anything, which lie far off, and which look standardised (`None`: can't be told)."
+    "Of rows of one modality: which columns say anything, which lie far off, which are small; and whether they look standardised."
     scale, (m, s) = torch.where(std > 0, std, 1.), column_moments(x)
-    known, far = (std > 0) & m.isfinite(), ((m - mean).square() + s.square()).sqrt() > FAR * scale
-    if len(x) < 16: return known, far, None
-    distance = lambda mean, std: (m - mean).abs() / std + (s / std).log().abs()
+    known, far = (std > 0) & m.isfinite(), (m - mean).square() + s.square() > (FAR * scale).square()
+    if len(x) < 16: return known, far, torch.zeros_like(far), False
+    small = known & (s > 0) & (FAR**2 * (m.square() + s.square()) < mean.square() + std.square())
+    def distance(mean, std): return (m - mean).abs() / std + (s / std).log().abs()
     telling = known & (mean.abs() + scale.log().abs() > 0.2 + 4 / len(x)**0.5)
     nearer = telling & (distance(0., 1.) < distance(mean, scale) / 2)
-    return known, far, bool(2*telling.sum() > known.sum() and nearer.sum() > 0.8 * telling.sum())
+    return known, far, small, bool(2*telling.sum() > known.sum() and nearer.sum() > 0.8 * telling.sum())
 
 # %% ../nbs/api/model.ipynb #f0855220
 def _difference(expected, found):
@@ -130,13 +131,15 @@ class Standardiser(nn.Module):
 
     def _check_values(self, name, x, columns):
         "An error where most columns are strange, a warning where some are far."
-        known, far, standardised = _strange(x, *(m.to(x.device) for m in self.moments(name)))
-        count, such = _such(self.columns.get(name) or columns, far)
-        where = f"{name!r}: {count} are more than {FAR} standard deviations from the training rows, in the mean square, {such}"
-        if 2*(far & known).sum() > known.sum(): raise DataError(f"{where}: in another unit, or standardised already? Give rows as they were read")
-        if standardised: raise DataError(f"{name!r}: the columns look standardised already (means about 0, standard deviations about 1), and in train they "
-                                         "were not. Give rows as they were read: the model standardises them")
-        if far.any(): warnings.warn(f"{where}: is the unit the same?", stacklevel=4)
+        known, far, small, standardised = _strange(x, *(m.to(x.device) for m in self.moments(name)))
+        columns, most = self.columns.get(name) or columns, known.sum() / 2
+        off, unit = f"more than {FAR} standard deviations from the training rows, in the mean square", "Give rows as they were read, in the unit they were trained in"
+        for odd, how in ((far, off), (small, f"less than a {FAR}th of the size they have in train")):
+            count, such = _such(columns, odd)
+            if (odd & known).sum() > most: raise DataError(f"{name!r}: {count} are {how}, {such}: in another unit, or standardised already? {unit}")
+        if standardised: raise DataError(f"{name!r}: the columns look standardised already (means about 0, standard deviations about 1), and in train "
+                                         f"they were not. {unit}: the model standardises them")
+        if far.any(): warnings.warn(f"{name!r}: {_such(columns, far)[0]} are {off}, {_such(columns, far)[1]}: is the unit the same?", stacklevel=4)
 
     def _apply(self, fn, recurse=True):
         "To another device, never to another precision."
