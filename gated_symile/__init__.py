@@ -7,16 +7,15 @@ __version__ = "0.1.0"
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
            'NeutralDirections', 'ModalityGate', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
-           'query_subsets', 'SubsetSymile', 'MultimodalDataset', 'standardise', 'Standardiser', 'corrupt',
-           'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP',
-           'bootstrap_interval', 'encode_bank', 'load_bank', 'save_bank', 'metrics', 'rank_in_banks', 'rank_true',
-           'retrieve', 'top_k', 'Bank', 'Ranks', 'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score',
-           'detection', 'verdict', 'fit', 'load_weights', 'rank_dataset', 'read_metadata', 'save_model',
-           'MultimodalModel']
+           'query_subsets', 'SubsetSymile', 'MultimodalDataset', 'Standardiser', 'corrupt', 'corrupt_one', 'Flip',
+           'Gaussian', 'Missing', 'Swap', 'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval',
+           'encode_bank', 'load_bank', 'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k',
+           'Bank', 'Ranks', 'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection',
+           'verdict', 'fit', 'rank_dataset', 'MultimodalModel', 'read_about']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
-from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, RangeError,
-                               ShapeError, UnknownNameError)
+from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
+                               OutputError, RangeError, ShapeError, UnknownNameError)
 from .product import dvs, mip, mip_scores
 from .contrastive import info_nce, LogitScale
 from .neutral import NeutralDirections
@@ -27,21 +26,26 @@ from .objectives.gram import GRAM
 from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
-from .data.dataset import MultimodalDataset, standardise, Standardiser
+from .data.dataset import MultimodalDataset
 from .data.corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
 from .data.xnor import synthetic_xnor
 from .data.mfeat import mfeat
 from .data.tabular import load_tabular
 from .encoders import MLP
-from .retrieval import (bootstrap_interval, encode_bank, load_bank, metrics, rank_in_banks, rank_true, retrieve, save_bank, top_k, Bank,
-                                    Ranks)
+from .model import MultimodalModel, read_about, Standardiser
+from .statistics import bootstrap_interval, metrics, Ranks
+from .search import rank_dataset, rank_in_banks, rank_true, top_k
+from .bank import Bank, encode_bank, load_bank, retrieve, save_bank
+from .training import fit
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
-from .training import fit, load_weights, rank_dataset, read_metadata, save_model, MultimodalModel
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
-_all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError", "OutputError", "RangeError",
-         "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce", "LogitScale", "NeutralDirections", "ModalityGate",
-         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "standardise", "Standardiser", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing",
-         "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP", "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true", "retrieve",
-         "top_k", "Bank", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "fit", "load_weights", "rank_dataset", "read_metadata", "save_model", "MultimodalModel"]
+_all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
+         "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
+         "LogitScale", "NeutralDirections", "ModalityGate", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
+         "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "Standardiser", "corrupt",
+         "corrupt_one", "Flip", "Gaussian", "Missing", "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP",
+         "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true",
+         "retrieve", "top_k", "Bank", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score",
+         "detection", "verdict", "fit", "rank_dataset", "MultimodalModel", "read_about"]

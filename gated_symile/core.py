@@ -5,21 +5,19 @@
 # %% auto #0
 __all__ = ['EPS', 'GatedSymileError', 'ShapeError', 'DtypeError', 'NonFiniteError', 'MissingError', 'RangeError',
            'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'check_whole', 'full_precision',
-           'upcast', 'unit', 'generator', 'fill_missing', 'check_finite', 'check_present', 'check_score_shapes',
-           'check_score_input', 'check_loss_input', 'whole_file']
+           'upcast', 'unit', 'generator', 'fill_missing', 'readable', 'check_finite', 'check_present',
+           'check_score_shapes', 'check_score_input', 'check_loss_input', 'whole_file']
 
 # %% ../nbs/api/core.ipynb #45c06261
-import os
+import os, threading
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # %% ../nbs/api/core.ipynb #2915457a
 class GatedSymileError(Exception): "Base of every error this package raises on purpose."
@@ -61,7 +59,8 @@ def check_range(
     high:float=float("inf"), # largest allowed value
 ) -> float: # `value`
     "`value`, if it is a number in `[low, high]`; else a `RangeError`, or a `DtypeError` where it is no number."
-    if isinstance(value, bool) or not isinstance(value, Real): raise DtypeError(f"{argument} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise DtypeError(f"{argument} must be a number, got {value!r}")
     if not low <= value <= high: raise RangeError(f"{argument} must lie in [{low}, {high}], got {value}")
     return value
 
@@ -72,8 +71,9 @@ def check_whole(
     low:int, # smallest allowed value
     high:float=float("inf"), # largest allowed value
 ) -> int: # `value`, as Python's own
-    "`value`, if it is a whole number in `[low, high]`; else a `RangeError`, or a `DtypeError` where it is no whole number."
-    if isinstance(value, bool) or not isinstance(value, Integral): raise DtypeError(f"{argument} must be a whole number, got {value!r}")
+    "`value`, if it is a whole number in `[low, high]`; else a `RangeError`, or a `DtypeError` for what is none."
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise DtypeError(f"{argument} must be a whole number, got {value!r}")
     return int(check_range(argument, value, low, high))
 
 # %% ../nbs/api/core.ipynb #b551eb49
@@ -91,25 +91,39 @@ def upcast(
     "At least `float32`."
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+# %% ../nbs/api/core.ipynb #5884cacc
+_SHRINK = {torch.float32: 2.**-80, torch.float64: 2.**-528} # no square overflows then, and no length falls below EPS
+
 class _Unit(torch.autograd.Function):
-    "Division by the length. The gradient is the upstream one without its part along the vector, over the length: a third of autograd's steps."
-    @staticmethod
-    def forward(ctx, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
-        ctx.save_for_backward(y := x / length, length)
-        return y
+    "Vectors over their lengths, and these lengths."
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
+    def forward(x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        shrink = torch.ones_like(length).masked_fill_(length.isinf(), _SHRINK[x.dtype])
+        y = x * shrink
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS)
+        return y.div_(length), length.div_(shrink)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output); ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g, g_length): # `g_length` comes from the second derivative alone
         y, length = ctx.saved_tensors
-        return torch.addcmul(g, y, torch.linalg.vecdot(g, y).unsqueeze(-1), value=-1).div_(length)
+        along = torch.zeros_like(length) if g is None else torch.linalg.vecdot(g, y).unsqueeze(-1)
+        if g_length is not None: along = along - g_length * length
+        along = along.masked_fill(length <= EPS, 0.)
+        return torch.addcmul(torch.zeros_like(y) if g is None else g, y, along, value=-1).div_(length)
 
+# %% ../nbs/api/core.ipynb #eb2f4cfe
 def unit(
     x:Tensor, # vectors along the last dimension, `(..., D)`
 ) -> Tensor: # the same directions with length 1, at least `float32`; zero stays zero
     "Scale vectors to unit length, in full precision."
-    with full_precision(x): return _Unit.apply(upcast(x))
+    with full_precision(x): return _Unit.apply(upcast(x))[0]
 
 # %% ../nbs/api/core.ipynb #010b9d83
 def generator(
@@ -126,7 +140,14 @@ def fill_missing(
 ) -> Tensor: # `x` with zeros in the rows that are absent; no value or gradient passes from them
     "Replace absent rows by zeros."
     if present is None: return x
-    return torch.where(present.view(-1, *[1]*(x.dim()-1)), x, 0.)
+    return x.masked_fill(~present.view(-1, *[1]*(x.dim() - 1)), 0)
+
+# %% ../nbs/api/core.ipynb #7d0a996f
+def readable(
+    x:Tensor, # any tensor
+) -> bool: # whether values may be looked at
+    "False while `torch.compile` or `torch.export` trace, and for the meta device, on which there are no values."
+    return not (torch.compiler.is_compiling() or x.is_meta)
 
 # %% ../nbs/api/core.ipynb #ce8d4d95
 def check_finite(
@@ -134,11 +155,11 @@ def check_finite(
     what:str, # how to name it: `"embeddings[1]"`
     first:int=0, # number of its first row, where it is a block of something longer
 ):
-    "`NonFiniteError` with the first offending rows, unless every value is finite."
-    if torch.compiler.is_compiling() or x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite(): return
+    "`NonFiniteError` with the first offending rows, unless every value is finite; traced code isn't checked."
+    if not readable(x) or x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite(): return
     bad = (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().add(first).tolist()
     if bad: raise NonFiniteError(f"{what} has NaN or infinity in {len(bad)} present rows, the first: {bad[:5]}; "
-                                 "mark absent rows in `present`, fill single holes (a model's standardiser does)")
+                                 "mark absent rows in `present`, fill single holes")
 
 # %% ../nbs/api/core.ipynb #fdab77f7
 def _check_shapes(embeddings):
@@ -148,25 +169,17 @@ def _check_shapes(embeddings):
         if not isinstance(e, Tensor): raise DtypeError(f"embeddings[{m}] must be a tensor, got {type(e).__name__}")
         if not e.is_floating_point(): raise DtypeError(f"embeddings[{m}] must be of a floating type, got {e.dtype}")
         if e.dim() != 2: raise ShapeError(f"embeddings[{m}] must have shape (rows, D), got {tuple(e.shape)}")
-        if len(e) == 0: raise ShapeError(f"embeddings[{m}] has no rows")
-    shapes = [tuple(e.shape) for e in embeddings]
-    if len({d for _, d in shapes}) > 1: raise ShapeError(f"embeddings must share one width D, got shapes {shapes}")
+        if e.shape[0] == 0: raise ShapeError(f"embeddings[{m}] has no rows")
+    if any(e.shape[1] != embeddings[0].shape[1] for e in embeddings):
+        raise ShapeError(f"embeddings must share one width D, got shapes {_shapes(embeddings)}")
+
+def _shapes(embeddings): return [tuple(e.shape) for e in embeddings]
 
 def _check_dtypes(embeddings):
     "One type, where half precision is about to be upcast."
-    if len({upcast(e[:0]).dtype for e in embeddings}) > 1:
-        raise DtypeError(f"embeddings must share one dtype (half precision counts as float32), got {[e.dtype for e in embeddings]}")
-
-def check_present(
-    present:Tensor, # what came
-    rows:int, # how many there are
-    n_modalities:int, # M
-):
-    "`DtypeError` or `ShapeError` unless it is a bool tensor `(rows, M)`."
-    if not isinstance(present, Tensor): raise DtypeError(f"present must be a bool tensor, got {type(present).__name__}")
-    if present.dtype != torch.bool: raise DtypeError(f"present must be of dtype bool, got {present.dtype}")
-    if present.shape != (rows, n_modalities):
-        raise ShapeError(f"present must have shape {(rows, n_modalities)}, one row a query and one column a modality, got {tuple(present.shape)}")
+    if len({torch.promote_types(e.dtype, torch.float32) for e in embeddings}) > 1:
+        found = [e.dtype for e in embeddings]
+        raise DtypeError(f"embeddings must share one dtype (half precision counts as float32), got {found}")
 
 def _filled(embeddings, present, skip=None):
     "Full precision, absent rows zero, all else finite; slot `skip` is not masked."
@@ -176,30 +189,49 @@ def _filled(embeddings, present, skip=None):
     return filled
 
 # %% ../nbs/api/core.ipynb #51e40f13
+def check_present(
+    present:Tensor|None, # bool `(rows, M)`; `None`: all is present
+    rows:int, # how many rows there are
+    n_modalities:int, # M
+):
+    "`DtypeError` or `ShapeError`, unless it is a bool matrix of that shape."
+    if present is None: return
+    if not isinstance(present, Tensor): raise DtypeError(f"present must be a bool tensor, got {type(present).__name__}")
+    if present.dtype != torch.bool: raise DtypeError(f"present must be of dtype bool, got {present.dtype}")
+    if present.shape != (rows, n_modalities):
+        raise ShapeError(f"present must have shape {(rows, n_modalities)}, one row a query and one column a modality, "
+                         f"got {tuple(present.shape)}")
+
+def _check_enough(present, columns, least, words):
+    "`MissingError` unless each row has so many of these columns."
+    if present is None or not readable(present): return
+    few = (present[:, columns].sum(1) < least).nonzero().flatten().tolist()
+    if few: raise MissingError(f"present: {len(few)} rows have {words}, the first: {few[:5]}")
+
+# %% ../nbs/api/core.ipynb #f7a3a9a6
 def check_score_shapes(
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, of any floating type, queries `(B, D)` of one type elsewhere
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` of one type elsewhere
     target:int, # index of the target, `0 <= target < M`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
 ):
-    "What can be checked without reading an embedding: `ShapeError`, `DtypeError`, `RangeError`, or `MissingError` for a row without any query."
+    "The errors of `check_score_input` that can be found without reading an embedding."
     _check_shapes(embeddings)
     M = len(embeddings)
     check_whole("target", target, 0, M - 1)
-    _check_dtypes([e for m, e in enumerate(embeddings) if m != target])          # a search casts the candidates to it, block by block
-    rows = {len(e) for m, e in enumerate(embeddings) if m != target}
-    if len(rows) > 1: raise ShapeError(f"queries must share one number of rows, got {[tuple(e.shape) for e in embeddings]} with target {target}")
-    if present is not None:
-        check_present(present, rows.pop(), M)
-        others = [m for m in range(M) if m != target]
-        empty = (~present[:, others].any(1)).nonzero().flatten().tolist()
-        if empty: raise MissingError(f"present: {len(empty)} rows have no query modality for target {target}, the first: {empty[:5]}")
+    others = [m for m in range(M) if m != target]
+    queries = [embeddings[m] for m in others]
+    _check_dtypes(queries)                                               # a search casts the candidates, block by block
+    if any(e.shape[0] != queries[0].shape[0] for e in queries):
+        raise ShapeError(f"queries must share one number of rows, got {_shapes(embeddings)} with target {target}")
+    check_present(present, queries[0].shape[0], M)
+    _check_enough(present, others, 1, f"no query modality for target {target}")
 
 def check_score_input(
     embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
     target:int, # index of the target, `0 <= target < M`
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
 ) -> list[Tensor]: # the same in full precision, absent rows zero
-    "The border of every score: the errors of `check_score_shapes`, and `NonFiniteError`."
+    "The border of every score: `ShapeError`, `DtypeError`, `RangeError`, `NonFiniteError`, `MissingError`: no query."
     check_score_shapes(embeddings, target, present)
     _check_dtypes(embeddings)
     return _filled(embeddings, present, skip=target)
@@ -209,16 +241,15 @@ def check_loss_input(
     embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together
     present:Tensor|None=None, # bool `(B, M)`: which modalities exist
 ) -> list[Tensor]: # the same in full precision, absent rows zero
-    "The border of every objective: `ShapeError`, `DtypeError`, `NonFiniteError`, or `MissingError` for a row with fewer than 2 modalities."
+    "The border of every loss: `ShapeError`, `DtypeError`, `NonFiniteError`, `MissingError`: fewer than 2 modalities."
     _check_shapes(embeddings)
     _check_dtypes(embeddings)
-    rows = [len(e) for e in embeddings]
-    if len(set(rows)) > 1: raise ShapeError(f"embeddings must have the same rows, got {[tuple(e.shape) for e in embeddings]}")
-    if rows[0] < 2: raise ShapeError("embeddings must have at least 2 rows: one row has nothing to be contrasted with")
-    if present is not None:
-        check_present(present, rows[0], len(embeddings))
-        lonely = (present.sum(1) < 2).nonzero().flatten().tolist()
-        if lonely: raise MissingError(f"present: {len(lonely)} rows have fewer than 2 modalities, the first: {lonely[:5]}")
+    M, rows = len(embeddings), embeddings[0].shape[0]
+    if any(e.shape[0] != rows for e in embeddings):
+        raise ShapeError(f"embeddings must have the same rows, got {_shapes(embeddings)}")
+    if rows < 2: raise ShapeError("embeddings must have at least 2 rows: one row has nothing to be contrasted with")
+    check_present(present, rows, M)
+    _check_enough(present, list(range(M)), 2, "fewer than 2 modalities")
     return _filled(embeddings, present)
 
 # %% ../nbs/api/core.ipynb #1889fb74
@@ -226,9 +257,9 @@ def check_loss_input(
 def whole_file(
     path:str|Path, # where to; folders are made as needed
 ):
-    "A binary file to write to, which appears at `path` when the `with` block ends well, and else not at all; `OutputError` if it can't be written."
+    "A binary file to write to, which appears at `path` when the block ends well, and else not at all; `OutputError`."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part") # two threads may write at once: the last one wins
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file: yield file

@@ -18,8 +18,8 @@ def mip(
     embeddings:list[Tensor], # M tensors of one shape `(..., D)`
 ) -> Tensor: # `(...)`, one number a row
     "Multilinear inner product of corresponding rows (Saporta et al. 2024); `ShapeError` if shapes differ."
-    shapes = {tuple(e.shape) for e in embeddings}
-    if len(shapes) != 1: raise ShapeError(f"mip needs tensors of one shape, got {[tuple(e.shape) for e in embeddings]}")
+    if any(e.shape != embeddings[0].shape for e in embeddings):
+        raise ShapeError(f"mip needs tensors of one shape, got {[tuple(e.shape) for e in embeddings]}")
     with full_precision(embeddings[0]): return reduce(torch.mul, map(upcast, embeddings)).sum(-1)
 
 # %% ../nbs/api/product.ipynb #7f151ded
@@ -44,5 +44,5 @@ def dvs(
     n_modalities:int, # M, the number of factors
     dim:int, # D, the width of the embeddings
 ) -> float: # `D ** ((M-1)/2)`
-    "Deterministic variance scaling: what a MIP of M random unit vectors is multiplied with to have standard deviation 1 (Gated Symile)."
+    "Deterministic variance scaling: times it, a MIP of M random unit vectors has standard deviation 1 (Gated Symile)."
     return dim ** ((n_modalities - 1) / 2)

@@ -32,27 +32,40 @@ def _checked_ids(ids, where):
     return text.tolist()
 
 # %% ../../nbs/api/data/tabular.ipynb #f57a9c58
+def _number(x):
+    "What a text says as a number, infinity for what is beyond float64; `None` for other text."
+    try: return float(x)
+    except (TypeError, ValueError): return None
+
+def _too_large(column):
+    "Whether all that is there are numbers, and some so large that pandas leaves them as text."
+    numbers = [_number(x) for x in column.dropna()]
+    return None not in numbers and any(map(np.isinf, numbers))
+
 def _not_a_number(column):
     "An example: the first text that is no number, or else the first value."
     values = column.dropna()
-    return next((x for x in values if isinstance(x, str) and pd.isna(pd.to_numeric(x, errors="coerce"))), values.iloc[0])
+    return next((x for x in values if isinstance(x, str) and _number(x) is None), values.iloc[0])
 
+# %% ../../nbs/api/data/tabular.ipynb #f64f3b93
 def _features(frame, where):
     "The columns as a float32 matrix; names those that hold no numbers, infinity, or nothing to be called by."
     if frame.shape[1] == 0: raise DataError(f"{where}: no columns besides the id")
     nameless = [c for c in frame.columns if str(c).strip() == "" or str(c).startswith(("Unnamed: ", "__index_level_"))]
-    if nameless: raise DataError(f"{where}: {len(nameless)} columns have no name ({nameless[:3]}), probably a row index: write the file with index=False")
+    if nameless: raise DataError(f"{where}: {len(nameless)} columns have no name ({nameless[:3]}), probably a row index: "
+                                 "write the file with index=False")
     objects = frame.columns[frame.dtypes == object]
     frame = frame.assign(**frame[objects].convert_dtypes()) if len(objects) else frame     # yes and no with holes, say
     other = [c for c, dtype in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
-    text = [c for c in other if frame[c].notna().any()]
-    if text: raise DtypeError(f"{where}: {len(text)} columns hold no numbers, such as {text[:5]} ({_not_a_number(frame[text[0]])!r}); "
-                              "turn them into numbers or leave them out")
+    huge = [c for c in other if _too_large(frame[c])]
+    text = [c for c in other if c not in huge and frame[c].notna().any()]
+    if text: raise DtypeError(f"{where}: {len(text)} columns hold no numbers, such as {text[:5]} "
+                              f"({_not_a_number(frame[text[0]])!r}); turn them into numbers or leave them out")
     values = frame.assign(**dict.fromkeys(other, np.nan)).to_numpy(dtype="float64", na_value=np.nan)
     with np.errstate(over="ignore"): values = values.astype("float32")
-    infinite = frame.columns[np.isinf(values).any(0)].tolist()
-    if infinite: raise NonFiniteError(f"{where}: infinity (or a value too large for float32) in {len(infinite)} columns, such as {infinite[:5]}; "
-                                      "leave a missing value empty")
+    infinite = huge + frame.columns[np.isinf(values).any(0)].tolist()
+    if infinite: raise NonFiniteError(f"{where}: infinity (or a value too large for float32) in {len(infinite)} columns, "
+                                      f"such as {infinite[:5]}; leave a missing value empty")
     return torch.from_numpy(values)
 
 # %% ../../nbs/api/data/tabular.ipynb #40faafc6
