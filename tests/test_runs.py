@@ -277,7 +277,7 @@ def test_a_file_that_is_no_run(a_run, tmp_path):
     (tmp_path/"x.safetensors").write_bytes(save({"x": torch.ones(2)}))
     with pytest.raises(DataError, match="was not written by a model's `save`"): load_run(tmp_path/"x.safetensors")
     a_run[0].model.save(tmp_path/"x.safetensors")
-    with pytest.raises(DataError, match="holds no run: spec, digest lacking"): load_run(tmp_path/"x.safetensors")
+    with pytest.raises(DataError, match="but no run: spec, digest lacking"): load_run(tmp_path/"x.safetensors")
     whole = a_run[1].read_bytes()
     for part in (b"", whole[:100], whole[:-1]):
         (tmp_path/"x.safetensors").write_bytes(part)
