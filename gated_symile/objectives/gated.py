@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 
-from ..contrastive import accumulate, contrasted, info_nce, LogitScale, mean_over_targets
+from ..contrastive import accumulate, contrasted, valid_info_nce, LogitScale, mean_over_targets
 from ..gate import ModalityGate
 
 # %% ../../nbs/api/objectives/gated.ipynb #7d0f0a69
@@ -44,6 +44,8 @@ class GatedSymile(nn.Module):
         if len(embeddings[0])**2 <= TOGETHER:
             logits = self.gate.all_scores(batch)
             return mean_over_targets(lambda t: logits[t], M, present)
-        targets = contrasted(M, present)
-        def loss(t, *parts): return info_nce(self.gate.target_scores(t, *parts), None if present is None else present[:, t]) / len(targets)
-        return accumulate([partial(loss, t) for t in targets], *batch.parts())
+        counted, total = contrasted(present), M if present is None else (present.sum(0) > 1).sum()
+        def loss(t, *parts):
+            one = valid_info_nce(self.gate.target_scores(t, *parts), None if present is None else present[:, t])
+            return (one if counted is None else one.masked_fill(~counted[t], 0)) / total
+        return accumulate([partial(loss, t) for t in range(M)], *batch.parts())

@@ -6,18 +6,20 @@
 __all__ = ['orthonormal', 'volumes', 'stand_apart', 'both_ways', 'GRAM']
 
 # %% ../../nbs/api/objectives/gram.ipynb #0be81b5d
-import torch
-from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
+import math
 
-from ..contrastive import LogitScale, mean_over_targets
-from ..core import check_loss_input, check_score_input, full_precision, unit
+import torch
+from torch import Tensor
+
+from ..contrastive import mean_over_targets
+from ..core import unit
+from .base import Objective, register
 
 # %% ../../nbs/api/objectives/gram.ipynb #9874fe56
 def orthonormal(
     vectors:list[Tensor], # K tensors `(B, D)`
-) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` that the vectors of a row enclose
-    "Orthonormal bases by Gram-Schmidt, row by row; a vector that adds no new direction gets a basis vector of next to no length."
+) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` of each row's vectors
+    "Orthonormal bases by Gram-Schmidt, row by row; a vector without a direction of its own gives one of next to no length."
     basis, volume = [], 1.
     for e in vectors:
         for q in basis: e = e - torch.linalg.vecdot(q, e).unsqueeze(-1) * q
@@ -28,20 +30,22 @@ def orthonormal(
 # %% ../../nbs/api/objectives/gram.ipynb #40f3a694
 class _Root(torch.autograd.Function):
     "Square root; 0, without slope, of what is not positive."
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(y := x.clamp_min(0).sqrt_())
-        return y
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(x): return x.clamp_min(0).sqrt_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(output)
+
+    @staticmethod
     def backward(ctx, g):
         y, = ctx.saved_tensors
-        return (g / (2*y)).masked_fill_(y == 0, 0)
+        return g / (2 * y.masked_fill(y == 0, math.inf))
 
-# %% ../../nbs/api/objectives/gram.ipynb #f326dff8
+# %% ../../nbs/api/objectives/gram.ipynb #5734e494
 def volumes(
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; finite, at least `float32`
+    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; checked
     target:int, # index of the target
 ) -> Tensor: # `(B, N)`: what candidate j encloses with the queries of row i
     "Volume of the parallelotope for all pairs, in M-1 matrix products (Cicchetti et al., ICLR 2025)."
@@ -59,8 +63,8 @@ def stand_apart(
     "Put a unit vector at right angles to everything in the place of what is missing."
     if present is None: return embeddings
     own = torch.eye(len(embeddings)).to(embeddings[0])
-    absent = [torch.zeros_like(e[:, :1]) if m == target else (~present[:, m, None]).to(e) for m, e in enumerate(embeddings)]
-    return [torch.cat([e, a * own[m]], 1) for m, (e, a) in enumerate(zip(embeddings, absent))]
+    absent = lambda m, e: torch.zeros_like(e[:, :1]) if m == target else (~present[:, m, None]).to(e)
+    return [torch.cat([e, absent(m, e) * own[m]], 1) for m, e in enumerate(embeddings)]
 
 # %% ../../nbs/api/objectives/gram.ipynb #a7b7de09
 def both_ways(
@@ -72,29 +76,17 @@ def both_ways(
     return sum(mean_over_targets(ls.__getitem__, len(ls), present) for ls in directions) / 2
 
 # %% ../../nbs/api/objectives/gram.ipynb #db8cd501
-class GRAM(nn.Module):
-    "InfoNCE in both directions on minus the volume, averaged over the targets (Cicchetti et al., ICLR 2025); any M >= 2."
+@register
+class GRAM(Objective):
+    "InfoNCE in both directions on minus the volume, averaged over the targets (Cicchetti et al., ICLR 2025); M >= 2."
+    style = dict(color="#E69F00", marker="D", linestyle="-.")
+
     def __init__(self,
         log_scale:float=2.659, # initial logarithm of the contrastive scale: the paper's temperature of 0.07
-    ):
-        super().__init__()
-        self.logit_scale = LogitScale(log_scale)
+    ): super().__init__(log_scale)
 
-    def score(self,
-        embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-        target:int, # index of the target
-        present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; a missing one is no edge of the volume
-    ) -> Tensor: # `(B, N)`, from -1 to 0
-        "Minus the volume that each candidate encloses with the queries of a row. Errors: those of `check_score_input`."
-        embeddings = stand_apart(check_score_input(embeddings, target, present), present, target)
-        with full_precision(embeddings[0]): return -volumes(embeddings, target)
+    def _score(self, embeddings, target, present):
+        return -volumes(stand_apart(embeddings, present, target), target)
 
-    def forward(self,
-        embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together; unit rows
-        present:Tensor|None=None, # bool `(B, M)`: which modalities exist
-        generator:torch.Generator|None=None, # not used: nothing is random here
-    ) -> Tensor: # the loss, a scalar
-        "Mean loss over targets and directions. Errors: those of `check_loss_input`."
-        embeddings = stand_apart(check_loss_input(embeddings, present), present)
-        with full_precision(embeddings[0]):
-            return both_ways([-self.logit_scale() * volumes(embeddings, t) for t in range(len(embeddings))], present)
+    def _loss(self, embeddings, present, generator):
+        return both_ways([self._logits(embeddings, t, present) for t in range(len(embeddings))], present)

@@ -10,18 +10,17 @@ import math
 from itertools import combinations
 
 import torch
-from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor
 
-from ..contrastive import LogitScale, mean_over_targets
-from ..core import check_loss_input, check_range, check_score_input, check_whole, full_precision
+from ..core import check_range, check_score_input, check_whole, full_precision
+from .base import Objective, register
 
 # %% ../../nbs/api/objectives/subset.ipynb #87d3466d
 def query_subsets(
     n_modalities:int, # M
     target:int, # index of the target, which is in none of them
     max_subset:int|None=None, # size of the largest subset; `None`: all M-1
-) -> list[tuple[int, ...]]: # modalities by their indices, small subsets first: `()`, which stands for NULL, then single ones, then pairs, ...
+) -> list[tuple[int, ...]]: # modalities by their indices: `()`, which stands for NULL, then single ones, then pairs, ...
     "The subsets of the query modalities; `RangeError` or `DtypeError` for what can't be."
     check_whole("target", target, 0, check_whole("n_modalities", n_modalities, 2) - 1)
     if max_subset is not None: check_whole("max_subset", max_subset, 0)
@@ -37,25 +36,30 @@ def subset_products(
     "Elementwise products of the modalities of each subset, times `D**(|S|/2)`."
     products = {}
     for s in subsets:
-        products[s] = products[s[:-1]] * products[s[-1:]] if len(s) > 1 else embeddings[s[0]] * embeddings[s[0]].shape[1]**0.5
+        if len(s) > 1: products[s] = products[s[:-1]] * products[s[-1:]]
+        else: products[s] = embeddings[s[0]] * embeddings[s[0]].shape[1]**0.5
     return torch.stack(list(products.values()))
 
 # %% ../../nbs/api/objectives/subset.ipynb #182b7ef6
 def diversity(
-    embeddings:list[Tensor], # M tensors, queries `(B, D)` in the slots other than `target`; zeros where they are missing
+    embeddings:list[Tensor], # M tensors, queries `(B, D)` in the slots but `target`; zeros where they are missing
     target:int, # index of the target
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
 ) -> Tensor: # `(B,)`, from 0 to 2
     "One minus the mean cosine between the query embeddings of each row; 1 where there are fewer than two."
     queries = torch.stack([e for m, e in enumerate(embeddings) if m != target])    # (M-1, B, D)
-    here = len(queries) if present is None else present.sum(1) - present[:, target].int()
+    here = queries.shape[0] if present is None else present.sum(1) - present[:, target].int()
     cosines = queries.sum(0).square().sum(1) - queries.square().sum((0, 2))        # each pair twice
     pairs = torch.as_tensor(here * (here - 1), dtype=cosines.dtype, device=cosines.device)
     return 1 - cosines / pairs.clamp(min=1)
 
 # %% ../../nbs/api/objectives/subset.ipynb #fe517c1d
-class SubsetSymile(nn.Module):
+@register
+class SubsetSymile(Objective):
     "InfoNCE on a mixture over the subsets of the query modalities that may support a candidate; any M >= 2."
+    capabilities = frozenset({"weights"})
+    style = dict(color="#000000", marker="P", linestyle=(0, (8, 2)))
+
     def __init__(self,
         log_scale:float=0., # initial logarithm of the contrastive scale, which acts inside the mixture
         penalty:float=1., # what each modality after the first costs a subset, in nats, at most 1e6 either way
@@ -63,73 +67,42 @@ class SubsetSymile(nn.Module):
         max_subset:int|None=None, # size of the largest subset, at least 1; `None`: all `2**(M-1) - 1` of them
         by_diversity:bool=False, # whether the scale of each row is multiplied by the `diversity` of its query
     ):
-        super().__init__()
+        super().__init__(log_scale)
         self.max_subset = None if max_subset is None else check_whole("max_subset", max_subset, 1)
         self.penalty, self.null = check_range("penalty", penalty, -1e6, 1e6), check_range("null", null, -math.inf, 1e6)
-        self.logit_scale, self.by_diversity = LogitScale(log_scale), by_diversity
+        self.by_diversity = by_diversity
 
-    def extra_repr(self): return f"penalty={self.penalty:g}, null={self.null:g}, max_subset={self.max_subset}, by_diversity={self.by_diversity}"
+    def _subset_logits(self, embeddings, target, present):
+        "Logits of the non-empty subsets `(n, B, N)`; `-inf` where a part is missing."
+        subsets = query_subsets(len(embeddings), target, self.max_subset)[1:]
+        products = subset_products(embeddings, subsets)                            # (n, B, D)
+        if self.by_diversity: products = products * diversity(embeddings, target, present)[:, None]
+        prior = products.new_tensor([self.penalty * (1 - len(s)) for s in subsets])[:, None].expand(products.shape[:2])
+        if present is not None:
+            prior = prior.masked_fill(torch.stack([~present[:, list(s)].all(1) for s in subsets]), -math.inf)
+        scaled = self.logit_scale() * embeddings[target]
+        return torch.addmm(prior.reshape(-1, 1), products.flatten(0, 1), scaled.T).unflatten(0, products.shape[:2])
 
-# %% ../../nbs/api/objectives/subset.ipynb #5f51b00c
-@patch
-def _logits(self:SubsetSymile, embeddings, target, present):
-    "For checked input, the logits of the non-empty subsets `(n, B, N)`; `-inf` where a part is missing."
-    subsets = query_subsets(len(embeddings), target, self.max_subset)[1:]
-    products = subset_products(embeddings, subsets)                                # (n, B, D)
-    if self.by_diversity: products = products * diversity(embeddings, target, present)[:, None]
-    prior = products.new_tensor([self.penalty * (1 - len(s)) for s in subsets])[:, None].expand(products.shape[:2])
-    if present is not None: prior = prior.masked_fill(torch.stack([~present[:, list(s)].all(1) for s in subsets]), -math.inf)
-    logits = torch.addmm(prior.reshape(-1, 1), products.flatten(0, 1), (self.logit_scale() * embeddings[target]).T)
-    return logits.unflatten(0, products.shape[:2])
+    def _score(self, embeddings, target, present):
+        score = self._subset_logits(embeddings, target, present).logsumexp(0)
+        return score if self.null == -math.inf else torch.logaddexp(score, score.new_tensor(self.null))
 
-@patch
-def _score(self:SubsetSymile, embeddings, target, present):
-    "`score` of checked input."
-    score = self._logits(embeddings, target, present).logsumexp(0)
-    return score if self.null == -math.inf else torch.logaddexp(score, score.new_tensor(self.null))
+    def _logits(self, embeddings, target, present): return self._score(embeddings, target, present) # holds the scale
 
-@patch
-def score(self:SubsetSymile,
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-    target:int, # index of the target
-    present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; subsets with a missing one are left out
-) -> Tensor: # `(B, N)`: log odds, in nats
-    "How well any subset of the query supports each candidate. Errors: those of `check_score_input`."
-    embeddings = check_score_input(embeddings, target, present)
-    with full_precision(embeddings[0]): return self._score(embeddings, target, present)
+    def _posterior(self, embeddings, target, present):
+        logits = self._subset_logits(embeddings, target, present)
+        return torch.cat([logits.new_full((1, *logits.shape[1:]), self.null), logits]).softmax(0).movedim(0, -1)
 
-# %% ../../nbs/api/objectives/subset.ipynb #a889a360
-@patch
-def forward(self:SubsetSymile,
-    embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together; unit rows
-    present:Tensor|None=None, # bool `(B, M)`: which modalities exist
-    generator:torch.Generator|None=None, # not used: nothing is random here
-) -> Tensor: # the loss, a scalar
-    "Mean InfoNCE over the targets, on the very scores of `score`. Errors: those of `check_loss_input`."
-    embeddings = check_loss_input(embeddings, present)
-    with full_precision(embeddings[0]):
-        return mean_over_targets(lambda t: self._score(embeddings, t, present), len(embeddings), present)
+    def _weights(self, embeddings, target, present):
+        posterior, M = self._posterior(embeddings, target, present), len(embeddings)
+        inside = [[m in s for m in range(M) if m != target] for s in query_subsets(M, target, self.max_subset)]
+        return (posterior @ posterior.new_tensor(inside)).clamp(max=1), posterior[..., 0]
 
-# %% ../../nbs/api/objectives/subset.ipynb #f9a57d0c
-@patch
-def posterior(self:SubsetSymile,
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-    target:int, # index of the target
-    present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
-) -> Tensor: # `(B, N, 1+n)`: in the order of `query_subsets(M, target, max_subset)`, NULL first; sums to 1 over the subsets
-    "Probability of each subset, given the candidate; 0 with a missing part. Errors: those of `check_score_input`."
-    embeddings = check_score_input(embeddings, target, present)
-    with full_precision(embeddings[0]): logits = self._logits(embeddings, target, present)
-    return torch.cat([logits.new_full((1, *logits.shape[1:]), self.null), logits]).softmax(0).movedim(0, -1)
-
-# %% ../../nbs/api/objectives/subset.ipynb #28768ae9
-@patch
-def weights(self:SubsetSymile,
-    embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-    target:int, # index of the target
-    present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; column `target` is not looked at
-) -> tuple[Tensor, Tensor]: # weights `(B, N, M-1)` in the order of the modalities, and the weight of NULL `(B, N)`
-    "Probability that each query modality belongs to each candidate, as `ModalityGate.weights` has it. Errors: those of `check_score_input`."
-    posterior, M = self.posterior(embeddings, target, present), len(embeddings)
-    inside = [[m in s for m in range(M) if m != target] for s in query_subsets(M, target, self.max_subset)]
-    with full_precision(posterior): return (posterior @ posterior.new_tensor(inside)).clamp(max=1), posterior[..., 0]
+    def posterior(self,
+        embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
+        target:int, # index of the target
+        present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
+    ) -> Tensor: # `(B, N, 1+n)`: in the order of `query_subsets(M, target, max_subset)`, NULL first; sums to 1
+        "Probability of each subset, given the candidate; 0 with a missing part. Errors: those of `score`."
+        self.check(embeddings := check_score_input(embeddings, target, present))
+        with full_precision(embeddings[0]): return self._posterior(embeddings, target, present)

@@ -7,10 +7,12 @@ __all__ = ['NEGATIVES', 'leave_out_missing', 'Symile']
 
 # %% ../../nbs/api/objectives/symile.ipynb #a5b4ff7f
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
-from ..contrastive import all_loss, candidate_scores, candidates_loss, LogitScale, shuffle_loss
-from ..core import check_loss_input, check_name, check_score_input, full_precision
+from ..contrastive import candidate_scores, candidates_loss, shuffle_loss
+from ..core import check_name
+from ..cube import all_loss
+from .base import Objective, register
 
 # %% ../../nbs/api/objectives/symile.ipynb #46b3d8e3
 def leave_out_missing(
@@ -20,36 +22,26 @@ def leave_out_missing(
 ) -> list[Tensor]: # the same with all coordinates `D**-0.5` in absent rows
     "Put the vector that changes no scaled MIP in the place of what is missing."
     if present is None: return embeddings
-    return [e if m == target else torch.where(present[:, m, None], e, e.shape[1]**-0.5) for m, e in enumerate(embeddings)]
+    fill = lambda m, e: torch.where(present[:, m, None], e, e.shape[1]**-0.5)
+    return [e if m == target else fill(m, e) for m, e in enumerate(embeddings)]
 
 # %% ../../nbs/api/objectives/symile.ipynb #e6b99f4a
 NEGATIVES = {"shuffle": shuffle_loss, "candidates": candidates_loss, "all": all_loss}
 
-class Symile(nn.Module):
+@register
+class Symile(Objective):
     "InfoNCE on the variance-scaled MIP, averaged over the targets (Saporta et al. 2024); any M >= 2."
+    style = dict(color="#D55E00", marker="^", linestyle=":")
+
     def __init__(self,
-        negatives:str="shuffle", # `"shuffle"`: shuffled tuples for each anchor; `"candidates"`: only the target is replaced; `"all"`: every combination
+        negatives:str="shuffle", # `"shuffle"`: shuffled tuples; `"candidates"`: only the target differs; `"all"`: every combination
         log_scale:float=0., # initial logarithm of the contrastive scale
     ):
-        super().__init__()
-        self.negatives = NEGATIVES[check_name("negatives", negatives, NEGATIVES)]
-        self.logit_scale = LogitScale(log_scale)
+        super().__init__(log_scale)
+        self.negatives = check_name("negatives", negatives, NEGATIVES)
 
-    def score(self,
-        embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-        target:int, # index of the target
-        present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; a missing one is left out of the product
-    ) -> Tensor: # `(B, N)`: DVS-scaled MIP
-        "Scaled MIP of every query with every candidate. Errors: those of `check_score_input`."
-        embeddings = leave_out_missing(check_score_input(embeddings, target, present), present, target)
-        with full_precision(embeddings[0]): return candidate_scores(embeddings, target)
+    def _score(self, embeddings, target, present):
+        return candidate_scores(leave_out_missing(embeddings, present, target), target)
 
-    def forward(self,
-        embeddings:list[Tensor], # M tensors `(B, D)`, row i of each belongs together; unit rows
-        present:Tensor|None=None, # bool `(B, M)`: which modalities exist
-        generator:torch.Generator|None=None, # source of the shuffles
-    ) -> Tensor: # the loss, a scalar
-        "Mean InfoNCE over the targets. Errors: those of `check_loss_input`."
-        embeddings = leave_out_missing(check_loss_input(embeddings, present), present)
-        with full_precision(embeddings[0]):
-            return self.negatives(embeddings, self.logit_scale(), present, generator)
+    def _loss(self, embeddings, present, generator):
+        return NEGATIVES[self.negatives](leave_out_missing(embeddings, present), self.logit_scale(), present, generator)

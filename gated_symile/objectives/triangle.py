@@ -6,54 +6,41 @@
 __all__ = ['squared_areas', 'TRIANGLE']
 
 # %% ../../nbs/api/objectives/triangle.ipynb #2b29d438
-import torch
-from torch import nn, Tensor
+from torch import Tensor
 
-from ..contrastive import LogitScale
-from ..core import check_loss_input, check_score_input, full_precision, ShapeError
+from ..core import ShapeError
+from .base import Objective, register
 from .gram import both_ways, stand_apart
 
 # %% ../../nbs/api/objectives/triangle.ipynb #d946bb7f
 def squared_areas(
-    embeddings:list[Tensor], # 3 tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; finite, at least `float32`
+    embeddings:list[Tensor], # 3 tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; checked
     target:int, # index of the target
 ) -> Tensor: # `(B, N)`: the square of the area between candidate j and the two queries of row i
     "Squared areas of the triangles of all pairs, in two matrix products (Cicchetti et al., NeurIPS 2025)."
     c, (a, b) = embeddings[target], [e for m, e in enumerate(embeddings) if m != target]
-    u = (b - a) / 2                                                                # half the side, for half of base times height
+    u = (b - a) / 2                                                       # half the side, for half of base times height
     uu, uw = u.square().sum(1, keepdim=True), u @ c.T - (u*a).sum(1, keepdim=True)
     ww = a.square().sum(1, keepdim=True) - 2*a @ c.T + c.square().sum(1)
     return uu*ww - uw.square()
 
 # %% ../../nbs/api/objectives/triangle.ipynb #7edfdeb6
-def _three(embeddings):
-    "The embeddings, if there are three."
-    if len(embeddings) != 3: raise ShapeError(f"TRIANGLE needs 3 modalities, the corners of a triangle, got {len(embeddings)}; GRAM takes any number")
-    return embeddings
+@register
+class TRIANGLE(Objective):
+    "InfoNCE in both directions on minus twice the squared area, averaged over the targets (Cicchetti et al., 2025); M = 3."
+    style = dict(color="#CC79A7", marker="v", linestyle=(0, (4, 1, 1, 1, 1, 1)))
 
-class TRIANGLE(nn.Module):
-    "InfoNCE in both directions on minus twice the squared area, averaged over the targets (Cicchetti et al., NeurIPS 2025); M = 3."
     def __init__(self,
         log_scale:float=2.659, # initial logarithm of the contrastive scale: the paper's temperature of 0.07
-    ):
-        super().__init__()
-        self.logit_scale = LogitScale(log_scale)
+    ): super().__init__(log_scale)
 
-    def score(self,
-        embeddings:list[Tensor], # 3 tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
-        target:int, # index of the target
-        present:Tensor|None=None, # bool `(B, 3)`: which query modalities exist; a missing one is a corner at right angles to all else
-    ) -> Tensor: # `(B, N)`, from -27/8 to 0
-        "Minus twice the squared area. Errors: those of `check_score_input`, and `ShapeError` unless there are 3 modalities."
-        embeddings = stand_apart(_three(check_score_input(embeddings, target, present)), present, target)
-        with full_precision(embeddings[0]): return -2 * squared_areas(embeddings, target)
+    def check(self, embeddings):
+        "`ShapeError` unless there are 3 modalities."
+        M = len(embeddings)
+        if M != 3: raise ShapeError(f"TRIANGLE needs 3 modalities, the corners of a triangle, got {M}; GRAM takes any number")
 
-    def forward(self,
-        embeddings:list[Tensor], # 3 tensors `(B, D)`, row i of each belongs together; unit rows
-        present:Tensor|None=None, # bool `(B, 3)`: which modalities exist
-        generator:torch.Generator|None=None, # not used: nothing is random here
-    ) -> Tensor: # the loss, a scalar
-        "Mean loss over targets and directions. Errors: those of `check_loss_input`, and `ShapeError` unless there are 3 modalities."
-        embeddings = stand_apart(_three(check_loss_input(embeddings, present)), present)
-        with full_precision(embeddings[0]):
-            return both_ways([-2*self.logit_scale() * squared_areas(embeddings, t) for t in range(3)], present)
+    def _score(self, embeddings, target, present):
+        return -2 * squared_areas(stand_apart(embeddings, present, target), target)
+
+    def _loss(self, embeddings, present, generator):
+        return both_ways([self._logits(embeddings, t, present) for t in range(3)], present)
