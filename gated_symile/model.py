@@ -152,6 +152,7 @@ class Standardiser(nn.Module):
         for key in [key for key in self._buffers if key not in found]: del self._buffers[key]
         for key, x in found.items():
             if key not in self._buffers: self.register_buffer(key, torch.empty_like(x))
+        if not found: self.columns = {}
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../nbs/api/model.ipynb #85f174c0
@@ -273,9 +274,9 @@ class MultimodalModel(nn.Module):
         "Tensors by name, and `present` in the order of the model."
         if isinstance(batch, MultimodalDataset):
             self.check(batch)
-            return batch.modalities, batch.select(self.names).present if present is None else present
-        self._there(None, list(batch))
-        if present is not None: check_present(present, len(batch[self.names[0]]), len(self.names))
+            batch, present = batch.modalities, batch.select(self.names).present if present is None else present
+        else: self._there(None, list(batch))
+        check_present(present, len(batch[self.names[0]]), len(self.names))
         return batch, present
 
 @contextmanager

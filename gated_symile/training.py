@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'schedule_free', 'near_equal_batches', 'fit']
 # %% ../nbs/api/training.ipynb #1d9b64c0
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import pandas as pd
@@ -157,7 +157,7 @@ def _check_device(device):
 # %% ../nbs/api/training.ipynb #e5601d4c
 def _check_loader(model, train):
     "Batches of one's own: whether they can be gone through, and are understood."
-    if not isinstance(train, Iterable) or iter(train) is train:
+    if not isinstance(train, Iterable) or isinstance(train, Iterator):
         raise DtypeError(f"train must be a dataset, or batches that can be gone through again and again, got {type(train).__name__}")
     if model.standardiser is not None and not model.standardiser.fitted:
         raise MissingError("train: means and scales can't be learnt from batches: call model.standardiser.fit(rows) with rows to learn them from, "
