@@ -10,12 +10,21 @@ import pandas as pd
 import pytest
 
 from gated_symile.core import DataError
-from gated_symile.sweep import COLUMNS, differences, KEY, lines_of, Plan, PlannedRun, read_record, run_planned, runs_of
+from gated_symile.runs.plan import as_spec, draw_settings, lines_of, Plan, planned, PlannedRun, progress_table, run_planned, runs_of
+from gated_symile.runs.record import COLUMNS, differences, read_record, summary
+from gated_symile.runs.spec import RunSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
 RECORDS = sorted(RESULTS.glob("*.parquet"))
 PAGES = sorted(RESULTS.glob("*.ipynb"))
+KEY = ["data", "objective", "variant", "p", "seed"]
+RECORDED = dict(tuning=384, report=300, defaults=45, weak_start=5, robustness=27, views=90, kinds=36, scale=45, diversity=36, ablations=108, course=24)
+
+
+def spec_in(text):
+    "The specification that a record holds as JSON."
+    return RunSpec(**{name: value for name, value in json.loads(text).items() if name not in ("bank_size", "standardise", "fingerprint", "code")})
 
 
 def faults(record, plan, stage, tuning):
@@ -23,14 +32,16 @@ def faults(record, plan, stage, tuning):
     if stage not in plan.stages: return [f"{stage} is no stage of the plan"]
     runs = [run for pair in plan.stages[stage].pairs for run in runs_of(plan, stage, *pair, tuning) or []]
     found, own = [], lines_of(runs, record)
-    strange = record.merge(own[KEY + ["parameters"]].drop_duplicates(), how="left", indicator=True).query("_merge == 'left_only'")
+    strange = record.merge(own[KEY + ["digest"]].drop_duplicates(), how="left", indicator=True).query("_merge == 'left_only'")
     found += [f"not what the plan says: {key}" for key in strange[KEY].drop_duplicates().itertuples(index=False, name=None)]
     if (record["stage"] != stage).any(): found.append("lines of another stage")
     if record.duplicated([*KEY, "metric", "rows"]).any(): found.append("a value is recorded twice")
     if stage != "tuning" and set(record["seed"]) & set(plan.stages["tuning"].seeds): found.append("seeds of the tuning are reported")
     if stage == "tuning" and set(record["rows"]) - {"training"}: found.append("the tuning looked at test rows")
     for r in record.itertuples():
-        if r.by_row is not None and not np.isclose(np.mean(r.by_row), r.value): found.append(f"{r.metric} of {r.rows} rows is not the mean of its rows: {r.value}")
+        if r.by_row is not None and r.rows != "training" and not np.isclose(np.mean(r.by_row), r.value): found.append(f"{r.metric} of {r.rows} rows is not the mean of its rows: {r.value}")
+    if any(spec_in(text).digest != digest for text, digest in record[["spec", "digest"]].drop_duplicates().itertuples(index=False)):
+        found.append("a digest that is not that of its settings")
     if not record["commit"].str.fullmatch(r"[0-9a-f]{40}").all(): found.append("run from code that is not committed")
     return found
 
@@ -38,6 +49,24 @@ def faults(record, plan, stage, tuning):
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_a_record_holds_what_the_plan_says(path):
     assert faults(read_record(path), Plan.load(PLAN), path.stem, read_record(RESULTS/"tuning.parquet")) == []
+
+
+def test_no_recorded_run_is_lost():
+    "Each is found by the digest of what the plan says now."
+    standing = progress_table(Plan.load(PLAN), RESULTS).groupby("stage")["recorded"].sum()
+    assert {stage: standing[stage] for stage in RECORDED} == RECORDED and sum(RECORDED.values()) == 1100
+
+
+def test_the_main_table_is_what_it_was():
+    "To the last digit, intervals and differences too, as computed when it was first shown."
+    frozen, record = pd.read_csv(ROOT/"tests"/"main_table.csv", float_precision="round_trip"), read_record(RESULTS/"report.parquet")
+    tables = {("summary", rows): summary(record, rows) for rows in ("all", "clean", "corrupted")}
+    tables |= {(name, "all"): differences(record, name) for name in ("GatedSymile", "SubsetSymile")}
+    for (kind, rows), table in tables.items():
+        before = frozen[(frozen["kind"] == kind) & (frozen["rows"] == rows)].reset_index(drop=True)
+        names = [name for name in ("data", "objective", "p", "seeds", "value", "low", "high")]
+        pd.testing.assert_frame_equal(table[names], before[names], check_exact=True)
+    assert len(frozen) == sum(map(len, tables.values()))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +82,8 @@ def tiny():
 
 @pytest.mark.parametrize("change, problem", [
     (lambda r: r, None),
-    (lambda r: r.assign(parameters=r["parameters"].str.replace('"epochs": 1', '"epochs": 2')), "not what the plan says"),
-    (lambda r: r.assign(parameters=r["parameters"].str.replace('"epochs"', '"epoch"')), "not what the plan says"),
+    (lambda r: r.assign(spec=r["spec"].str.replace('"epochs": 1', '"epochs": 2')), "not that of its settings"),
+    (lambda r: r.assign(digest="0"*64), "not what the plan says"),
     (lambda r: r.assign(seed=100), "seeds of the tuning are reported"),
     (lambda r: r.assign(value=r["value"] + 0.01), "not the mean of its rows"),
     (lambda r: pd.concat([r, r]), "recorded twice"),
@@ -87,7 +116,7 @@ def test_several_variants_of_a_method_are_not_mixed_up(tiny):
 def test_what_is_missing_needs_no_detector(objective):
     "Weights are recorded, but not how well they name what is known."
     settings = {"data_options.corruption": "missing", "epochs": 1, "dim": 8}
-    record = run_planned(PlannedRun("kinds", "mfeat", objective, "missing", 0.5, 0, settings))
+    record = run_planned(PlannedRun("kinds", "missing", as_spec("mfeat", objective, 0.5, 0, settings), settings))
     assert record["metric"].str.startswith("weight of").any() and not record["metric"].str.startswith("AUROC").any()
 
 
@@ -112,11 +141,10 @@ def test_a_page_shows_what_is_recorded(path):
 def test_every_study_of_the_plan_can_be_planned():
     "All parameters of all stages are known and in range, with whatever the tuning may choose."
     plan = Plan.load(PLAN)
-    from gated_symile.sweep import draw_settings, planned
     for stage, part in plan.stages.items():
         for data, objective in part.pairs:
             chosen = draw_settings(plan.space | plan.own_space.get(objective, {}), objective, 0)
-            assert all(json.loads(run.parameters()) for run in planned(plan, stage, data, objective, chosen))
+            assert all(len(run.digest) == 64 for run in planned(plan, stage, data, objective, chosen))
 
 
 def snakemake(out, *options):
