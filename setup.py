@@ -11,7 +11,8 @@ cfg = config["DEFAULT"]
 
 # On PyPI, links have to name the repository.
 readme = (here/"README.md").read_text(encoding="utf-8") if (here/"README.md").exists() else ""
-for link, place in (("](nbs/images/", f"{cfg['git_url']}/raw/{cfg['branch']}"), ("](nbs/", f"{cfg['git_url']}/blob/{cfg['branch']}")):
+for link, place in (("](nbs/images/", f"{cfg['git_url']}/raw/{cfg['branch']}"),
+                    ("](nbs/", f"{cfg['git_url']}/blob/{cfg['branch']}")):
     readme = readme.replace(link, f"]({place}/{link[2:]}")
 
 setup(

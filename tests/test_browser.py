@@ -62,13 +62,16 @@ def missing():
     try: import selenium                                                    # noqa: F401
     except ImportError: return "selenium is not installed"
     if not browser_path(): return "Chromium is not installed (Debian: apt-get install chromium chromium-driver)"
-    if not shutil.which("chromedriver"): return "Chromium's driver is not installed (Debian: apt-get install chromium-driver)"
+    if not shutil.which("chromedriver"):
+        return "Chromium's driver is not installed (Debian: apt-get install chromium-driver)"
 
 
-def browser_path(): return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def browser_path():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-if missing() and (sys.version_info < (3, 11) or not os.environ.get("NEED_BROWSER")): pytestmark = pytest.mark.skip(reason=missing())
+if missing() and (sys.version_info < (3, 11) or not os.environ.get("NEED_BROWSER")):
+    pytestmark = pytest.mark.skip(reason=missing())
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -92,16 +95,20 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = browser_path()
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(f"--{flag}")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
+                 "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync",
+                 "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 
 
 def look(browser, width=1300, scheme="light"):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                            {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
 
 
 def until(found, seconds=10):
@@ -119,9 +126,12 @@ def complaints(browser):
         message = json.loads(entry["message"])["message"]
         about, kind = message["params"], message["method"]
         if kind == "Network.requestWillBeSent": asked[about["requestId"]] = about["request"]["url"]
-        if kind == "Network.loadingFailed" and not about.get("canceled"): found.append(f"{asked.get(about['requestId'])} failed: {about['errorText']}")
-        if kind == "Network.responseReceived" and about["response"]["status"] >= 400: found.append(f"{about['response']['url']} is {about['response']['status']}")
-    return found + [f"asked for {url}" for url in asked.values() if urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname != "127.0.0.1"]
+        if kind == "Network.loadingFailed" and not about.get("canceled"):
+            found.append(f"{asked.get(about['requestId'])} failed: {about['errorText']}")
+        if kind == "Network.responseReceived" and about["response"]["status"] >= 400:
+            found.append(f"{about['response']['url']} is {about['response']['status']}")
+    return found + [f"asked for {url}" for url in asked.values() if urlsplit(url).scheme in ("http", "https")
+                    and urlsplit(url).hostname != "127.0.0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +163,18 @@ def test_text_stands_out_from_its_ground(visits): assert bad(visits, "faint") ==
 
 def test_formulas_are_drawn(visits):
     assert bad(visits, "flat") == bad(visits, "raw") == {}
-    assert sum(note["formulas"] for (_, width, scheme), note in visits[0].items() if (width, scheme) == (1300, "light")) > 300
+    assert sum(note["formulas"] for (_, width, scheme), note in visits[0].items()
+               if (width, scheme) == (1300, "light")) > 300
 
 
 def test_figures_are_visible_and_described(visits):
     assert bad(visits, "blank") == bad(visits, "silent") == {}
-    assert sum(note["figures"] for (_, width, scheme), note in visits[0].items() if (width, scheme) == (390, "dark")) > 20
+    assert sum(note["figures"] for (_, width, scheme), note in visits[0].items()
+               if (width, scheme) == (390, "dark")) > 20
 
 
-def test_long_pages_have_contents(visits): assert [page for page, note in visits[0].items() if note["headings"] > 1 and not note["contents"]] == []
+def test_long_pages_have_contents(visits):
+    assert [page for page, note in visits[0].items() if note["headings"] > 1 and not note["contents"]] == []
 
 
 def test_links_and_anchors_lead_somewhere(visits, home, site):
@@ -172,7 +185,8 @@ def test_links_and_anchors_lead_somewhere(visits, home, site):
             if not url.startswith(home): continue
             path, _, anchor = url.removeprefix(home).partition("#")
             path = path if path and not path.endswith("/") else path + "index.html"
-            if not (site/path).is_file() or (anchor and path in ids and anchor not in ids[path]): lost.append((page, url))
+            if not (site/path).is_file() or (anchor and path in ids and anchor not in ids[path]):
+                lost.append((page, url))
     assert lost == []
 
 
@@ -187,13 +201,15 @@ def test_links_to_other_hosts_are_well_formed(site):
     urls = docs.external()
     assert len(urls) > 20
     assert [u for u in urls if not re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[^\s<>\"\\^`{|}]*)?", u)] == []
-    assert [u for u in urls if "arxiv.org/" in u and not re.fullmatch(r"https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", u)] == []
+    assert [u for u in urls if "arxiv.org/" in u
+            and not re.fullmatch(r"https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", u)] == []
     ours = re.compile(r"https://github\.com/gated-symile/gated_symile/blob/main/([^#?]+)(?:#L(\d+))?|https://colab\.research\.google\.com/github/gated-symile/gated_symile/blob/main/(.+)")
     for url in urls:
         if m := ours.fullmatch(url):
             file = ROOT/(m.group(1) or m.group(3))
             assert file.is_file(), f"{url}, on {urls[url]}: we have no such file"
-            assert int(m.group(2) or 1) <= len(file.read_text(encoding="utf-8").splitlines()), f"{url}: the file is shorter"
+            assert int(m.group(2)
+                       or 1) <= len(file.read_text(encoding="utf-8").splitlines()), f"{url}: the file is shorter"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -211,11 +227,13 @@ def test_search_finds_what_it_is_asked_for(browser, home, site, width):
         assert any(url.split("#")[0].endswith("api/neutral.html") for url in results[:5])
         assert complaints(browser) == []
         browser.execute_script("arguments[0].click()", browser.find_element("css selector", ".search-result"))
-        assert until(lambda: browser.current_url != start) and "neutral" in browser.find_element("css selector", "main").text.lower()
+        assert until(lambda: browser.current_url != start)
+        assert "neutral" in browser.find_element("css selector", "main").text.lower()
 
 
 def test_the_reader_chooses_light_or_dark(browser, home):
-    def dark(): return browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
+    def dark():
+        return browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
     look(browser)
     browser.get(home + "index.html")
     assert not dark()
@@ -230,7 +248,8 @@ def test_the_reader_chooses_light_or_dark(browser, home):
 def test_code_can_be_copied(browser, home):
     look(browser)
     browser.get(home + "index.html")
-    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": home})
+    browser.execute_cdp_cmd("Browser.grantPermissions",
+                            {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": home})
     block = browser.find_element("css selector", "main .code-copy-outer-scaffold")
     browser.execute_script("arguments[0].querySelector('.code-copy-button').click()", block)
     copied = until(lambda: browser.execute_async_script("const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(''))"))
@@ -266,7 +285,8 @@ def test_the_figure_follows_the_mouse(veto):
     browser = veto()
     dial = browser.find_element("css selector", ".veto .dial")
     x, y, width, height = centre(browser, ".veto .dial")
-    ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width), 0).click_and_hold().move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
+    ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width),
+                                                      0).click_and_hold().move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
     angle, said, product, pairs = state(browser)
     assert abs(angle - 90) <= 3 and "finds the true one" not in product and "finds the true one" in pairs
     assert said.startswith(f"{angle} degrees")
@@ -292,7 +312,9 @@ def test_the_figure_follows_a_finger(veto):
         x, y, width, height = centre(browser, ".veto .dial")
         assert min(width, height) >= 44 and centre(browser, ".veto input")[3] >= 44
         x, y, width, height = centre(browser, ".veto .dial")
-        for kind, point in (("touchStart", [x + 0.3*width, y]), ("touchMove", [x, y - 0.3*height]), ("touchMove", [x - 0.3*width, y]), ("touchEnd", None)):
-            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [dict(x=point[0], y=point[1])] if point else []})
+        for kind, point in (("touchStart", [x + 0.3*width, y]), ("touchMove", [x, y - 0.3*height]),
+                            ("touchMove", [x - 0.3*width, y]), ("touchEnd", None)):
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent",
+                                    {"type": kind, "touchPoints": [dict(x=point[0], y=point[1])] if point else []})
         assert until(lambda: abs(state(browser)[0] - 180) <= 5)
     finally: browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})

@@ -45,7 +45,8 @@ def faults(package=PACKAGE, order=ORDER):
         above = order[:order.index(name)]
         for n in imported(path, package):
             if n.endswith("*"): yield f"{name} has a star import from {n.rstrip('.*') or 'the package'}"
-            elif not any(n == m or n.startswith(m + ".") for m in above): yield f"{name} imports {n or 'the package'}, which is not above it"
+            elif not any(n == m or n.startswith(m + ".") for m in above):
+                yield f"{name} imports {n or 'the package'}, which is not above it"
 
 
 def test_modules_import_only_from_above():
@@ -85,8 +86,10 @@ def test_a_module_without_a_place_is_noticed(tmp_path):
 def test_the_table_of_names_is_the_package():
     "What is exported is in the table, and the other way round."
     cells = json.loads((PACKAGE.parent/"nbs"/"api"/"gated_symile.ipynb").read_text(encoding="utf-8"))["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("|")]
+    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()
+             if line.startswith("|")]
     table = set(re.findall(r"`(\w+)`", "\n".join(lines)))
-    errors = {n for n in gated_symile.__all__ if isinstance(getattr(gated_symile, n), type) and issubclass(getattr(gated_symile, n), GatedSymileError)}
+    errors = {n for n in gated_symile.__all__ if isinstance(getattr(gated_symile, n), type)
+              and issubclass(getattr(gated_symile, n), GatedSymileError)}
     assert {"Bank", "query_subsets"} < table
     assert table | errors == set(gated_symile.__all__)                                # errors are in it as a family

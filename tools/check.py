@@ -9,13 +9,15 @@ PYTEST = [sys.executable, "-m", "pytest"]
 STEPS = {
     "notebooks, package and README agree; modules import only from above": [*PYTEST, *AGREE],
     "notebooks run, and give what is saved in them": [sys.executable, "tools/fresh.py"],
-    "oracles, properties, faults, processes, the experiment": [*PYTEST, "tests", "--durations", "5", *(f"--ignore={t}" for t in AGREE+SITE)],
+    "oracles, properties, faults, processes, the experiment": [*PYTEST, "tests", "--durations", "5",
+                                                               *(f"--ignore={t}" for t in AGREE+SITE)],
     "the site renders, and works in a browser": [*PYTEST, *SITE, "-rs"],
 }
 
 
 def main():
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}                            # two processes on two cores: one thread each
+    # two processes on two cores: one thread each
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     for i, (name, command) in enumerate(STEPS.items(), 1):
         print(f"\n[{i}/{len(STEPS)}] {name}", flush=True)

@@ -2,7 +2,8 @@
 import sys
 from pathlib import Path
 
-WHAT = {"retrieval.ipynb": "the executed notebook", "retrieval.html": "the same, for a browser", "results.parquet": "every number",
+WHAT = {"retrieval.ipynb": "the executed notebook", "retrieval.html": "the same, for a browser",
+        "results.parquet": "every number",
         "top1.png": "the figure", "top1.svg": "the same, without pixels", "weights": "of every model, as safetensors"}
 
 

@@ -35,7 +35,8 @@ def stage():
     import nbformat
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:nbdev.processors"  # of cells that import and do more: see CONTRIBUTING.md
+    # of cells that import and do more: see CONTRIBUTING.md
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:nbdev.processors"
     proc_nbs(n_workers=2, force=True)
     cfg = get_config()
     home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
@@ -81,7 +82,9 @@ def render():
     "Render `_proc` into `_docs`."
     quarto = shutil.which("quarto")
     if not quarto and sys.version_info < (3, 11): sys.exit("The site needs Quarto, or Python 3.11 for smalldocs")
-    command = [quarto, "render", str(STAGE), "--no-cache"] if quarto else [str(Path(sys.executable).parent/"smalldocs"), "render", "-q", "--strict", str(STAGE)]
+    command = [quarto, "render", str(STAGE),
+               "--no-cache"] if quarto else [str(Path(sys.executable).parent/"smalldocs"), "render", "-q", "--strict",
+                                             str(STAGE)]
     if quarto: use_mathml(STAGE/"_quarto.yml")
     subprocess.run(command, check=True)
     shutil.rmtree(SITE, ignore_errors=True)
@@ -123,7 +126,8 @@ def search_without_server():
     text, n = FETCHED.subn(LOADED, script.read_text(encoding="utf-8"))
     if n != 1: raise ValueError("smalldocs.js loads its index in a way that is not known here")
     script.write_text(text, encoding="utf-8")
-    (SITE/"search.js").write_text("window.searchIndex = " + (SITE/"search.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (SITE/"search.js").write_text("window.searchIndex = " + (SITE/"search.json").read_text(encoding="utf-8"),
+                                  encoding="utf-8")
 
 
 def build():
@@ -158,7 +162,8 @@ def problems():
             if to.scheme or to.netloc:
                 if url in page.loads and to.scheme != "data": found.append(f"{name} loads {url} from another host")
                 continue
-            there = (SITE/unquote(to.path).removeprefix(top).lstrip("/") if to.path.startswith("/") else path.parent/unquote(to.path)).resolve() if to.path else path
+            there = (SITE/unquote(to.path).removeprefix(top).lstrip("/") if to.path.startswith("/")
+                     else path.parent/unquote(to.path)).resolve() if to.path else path
             if there.is_dir(): there = there/"index.html"
             if not there.exists(): found.append(f"{name} links to {url}, which does not exist")
             elif to.fragment and there in pages and unquote(to.fragment) not in pages[there].ids:
@@ -190,7 +195,8 @@ def check():
 
 def serve(port=8000):
     "Build, serve on this machine, and build again whenever a source changes."
-    def state(): return max(f.stat().st_mtime for f in [*(ROOT/"nbs").rglob("*"), *ROOT.glob("*.md"), ROOT/"_quarto.yml"] if f.is_file())
+    def state(): return max(f.stat().st_mtime
+                            for f in [*(ROOT/"nbs").rglob("*"), *ROOT.glob("*.md"), ROOT/"_quarto.yml"] if f.is_file())
     build()
     server = ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=SITE))
     Thread(target=server.serve_forever, daemon=True).start()

@@ -17,7 +17,8 @@ def execute(path):
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     nb.metadata.pop("widgets", None)
-    NotebookClient(nb, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(nb, kernel_name="python3", coalesce_streams=True,
+                   resources={"metadata": {"path": path.parent}}).execute()
     nbformat.write(nb, path)
 
 
@@ -25,7 +26,8 @@ def main(names):
     from nbclient.exceptions import CellExecutionError
     from nbdev.clean import nbdev_clean
     from nbdev.doclinks import nbdev_export, nbglob
-    notebooks = [Path(n) for n in names] or sorted(f for f in nbglob("nbs", as_path=True) if not (f.parent/".notest").exists())
+    notebooks = [Path(n) for n in names] or sorted(f for f in nbglob("nbs", as_path=True)
+                                                   if not (f.parent/".notest").exists())
     nbdev_export()
     for path in notebooks:
         print(path, flush=True)
