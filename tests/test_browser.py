@@ -1,6 +1,7 @@
 """The site in a real browser: Chromium without a window, which may talk to this machine only.
 
-Every page is opened once, at two widths, light and dark; `PROBE` notes what is on it, and each test asks one question of all pages.
+Every page is opened once, at two widths, light and dark; `PROBE` notes what is on it, and each test asks one question
+of all pages.
 Skipped where there is no Chromium with its driver, unless `NEED_BROWSER` is set, as continuous integration does.
 """
 import json, os, re, shutil, sys, time
@@ -25,35 +26,49 @@ PROBE = r"""
 const [contrast] = arguments, main = document.querySelector("main"), all = s => [...main.querySelectorAll(s)]
 const shown = e => { const r = e.getBoundingClientRect(); return r.width > 0 && r.height > 0 }
 const right = e => shown(e) ? e.getBoundingClientRect().right : 0
-const boxed = e => e != main && (/auto|scroll/.test(getComputedStyle(e.parentElement).overflowX) || boxed(e.parentElement)) // scrolls in a box of its own
+const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX)
+const boxed = e => e != main && (scrolls(e.parentElement) || boxed(e.parentElement)) // scrolls in a box of its own
 const text = e => e.textContent.trim().slice(0, 60)
 document.querySelectorAll("details").forEach(d => d.open = true)
 const rgba = c => { const [r, g, b, a = 1] = c.match(/[\d.]+/g).map(Number); return [r, g, b, a] }
-const light = ([r, g, b]) => { const f = x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4; return .2126*f(r) + .7152*f(g) + .0722*f(b) }
+const linear = x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4
+const light = ([r, g, b]) => .2126*linear(r) + .7152*linear(g) + .0722*linear(b)
 const over = (top, below) => [0, 1, 2].map(i => top[i]*top[3] + below[i]*(1 - top[3])).concat(1)
-const ground = e => { const c = rgba(getComputedStyle(e).backgroundColor); return c[3] == 1 || !e.parentElement ? c[3] ? c : [255, 255, 255, 1] : over(c, ground(e.parentElement)) }
+const ground = e => {
+  const c = rgba(getComputedStyle(e).backgroundColor)
+  if (c[3] == 1 || !e.parentElement) return c[3] ? c : [255, 255, 255, 1]
+  return over(c, ground(e.parentElement))
+}
 const faint = e => {
-  const below = ground(e), [a, b] = [light(over(rgba(getComputedStyle(e).color), below)), light(below)].sort((x, y) => y - x)
+  const below = ground(e), ink = over(rgba(getComputedStyle(e).color), below)
+  const [a, b] = [light(ink), light(below)].sort((x, y) => y - x)
   return (a + .05) / (b + .05) < contrast
 }
-const texts = all("*").filter(e => !e.closest("svg") && shown(e) && [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+const own = e => [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join("")
+const named = e => `${e.tagName}.${e.className}: ${text(e)}`
+const texts = all("*").filter(e => !e.closest("svg") && shown(e) && own(e).trim())
 const prose = all("p, li, td, th, figcaption, h1, h2, h3").filter(e => !e.closest("pre, .cell-output"))
 const root = document.scrollingElement
 return {
   title: document.title, headings: all("h2").length, contents: !!document.querySelector("#TOC a"),
-  wide: (root.scrollWidth > root.clientWidth ? ["the window scrolls"] : []).concat(all("*").filter(e => right(e) > right(main) + 1 && !boxed(e)).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`)),
-  faint: texts.filter(faint).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`),
+  wide: (root.scrollWidth > root.clientWidth ? ["the window scrolls"] : []).concat(
+    all("*").filter(e => right(e) > right(main) + 1 && !boxed(e)).slice(0, 5).map(named)),
+  faint: texts.filter(faint).slice(0, 5).map(named),
   formulas: all("math").length,
   flat: all("math").filter(e => !shown(e) || e.querySelector("merror")).map(text),
-  raw: prose.filter(e => /\\\(|\\\[|\$\$|\\frac|\\mathrm/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join(""))).map(text),
+  raw: prose.filter(e => /\\\(|\\\[|\$\$|\\frac|\\mathrm/.test(own(e))).map(text),
   figures: all("img").length,
   blank: all("img").filter(i => !i.complete || !i.naturalWidth || !shown(i)).length,
   silent: all("img").filter(i => !(i.alt || "").trim()).length,
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
   links: [...document.querySelectorAll("a[href]")].map(a => a.href),
   loads: performance.getEntriesByType("resource").map(e => e.name),
-  head: Object.fromEntries([...document.querySelectorAll("meta[property], meta[name], link[rel=icon]")].map(m => [m.getAttribute("property") || m.name || "icon", m.content || m.href])),
+  head: Object.fromEntries([...document.querySelectorAll("meta[property], meta[name], link[rel=icon]")].map(
+    m => [m.getAttribute("property") || m.name || "icon", m.content || m.href])),
 }"""
+
+
+IS_DARK = "return [document.documentElement, document.body].some(e => e.classList.contains('quarto-dark'))"
 
 
 def missing():
@@ -96,9 +111,9 @@ def browser():
     options.binary_location = browser_path()
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
-                 "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync",
-                 "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(f"--{flag}")
+                 "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync",
+                 "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+        options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
     driver.quit()
@@ -144,7 +159,7 @@ def visits(home, browser):
         for scheme in SCHEMES:
             for width in WIDTHS:
                 look(browser, width, scheme)
-                until(lambda: browser.execute_script("return document.documentElement.classList.contains('quarto-dark') || document.body.classList.contains('quarto-dark')") == (scheme == "dark"), 2)
+                until(lambda: browser.execute_script(IS_DARK) == (scheme == "dark"), 2)
                 notes[page, width, scheme] = browser.execute_script(PROBE, CONTRAST)
         errors[page] = complaints(browser)
     look(browser)
@@ -203,13 +218,14 @@ def test_links_to_other_hosts_are_well_formed(site):
     assert [u for u in urls if not re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[^\s<>\"\\^`{|}]*)?", u)] == []
     assert [u for u in urls if "arxiv.org/" in u
             and not re.fullmatch(r"https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", u)] == []
-    ours = re.compile(r"https://github\.com/gated-symile/gated_symile/blob/main/([^#?]+)(?:#L(\d+))?|https://colab\.research\.google\.com/github/gated-symile/gated_symile/blob/main/(.+)")
+    ours = re.compile(r"https://github\.com/gated-symile/gated_symile/blob/main/([^#?]+)(?:#L(\d+))?|"
+                      r"https://colab\.research\.google\.com/github/gated-symile/gated_symile/blob/main/(.+)")
     for url in urls:
         if m := ours.fullmatch(url):
             file = ROOT/(m.group(1) or m.group(3))
             assert file.is_file(), f"{url}, on {urls[url]}: we have no such file"
-            assert int(m.group(2)
-                       or 1) <= len(file.read_text(encoding="utf-8").splitlines()), f"{url}: the file is shorter"
+            lines = file.read_text(encoding="utf-8").splitlines()
+            assert int(m.group(2) or 1) <= len(lines), f"{url}: the file is shorter"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -223,7 +239,8 @@ def test_search_finds_what_it_is_asked_for(browser, home, site, width):
         assert until(box.is_displayed)
         time.sleep(0.5)                                                     # the menu unfolds
         box.send_keys("neutral direction")
-        results = until(lambda: browser.execute_script("return [...document.querySelectorAll('.search-result')].map(a => a.href)"))
+        found = "return [...document.querySelectorAll('.search-result')].map(a => a.href)"
+        results = until(lambda: browser.execute_script(found))
         assert any(url.split("#")[0].endswith("api/neutral.html") for url in results[:5])
         assert complaints(browser) == []
         browser.execute_script("arguments[0].click()", browser.find_element("css selector", ".search-result"))
@@ -252,7 +269,8 @@ def test_code_can_be_copied(browser, home):
                             {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": home})
     block = browser.find_element("css selector", "main .code-copy-outer-scaffold")
     browser.execute_script("arguments[0].querySelector('.code-copy-button').click()", block)
-    copied = until(lambda: browser.execute_async_script("const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(''))"))
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(''))"
+    copied = until(lambda: browser.execute_async_script(read))
     assert copied.strip() == block.find_element("css selector", "code").get_property("innerText").strip()
 
 
@@ -260,13 +278,18 @@ def test_code_can_be_copied(browser, home):
 
 def state(browser):
     "The angle of the figure, and what it says of both scores."
-    return browser.execute_script("const f = document.querySelector('.veto'); return [+f.querySelector('output').textContent, f.querySelector('input').getAttribute('aria-valuetext'), "
-                                  "...['product', 'pairs'].map(n => f.querySelector(`[data-says=${n}]`).textContent)]")
+    return browser.execute_script("""
+        const f = document.querySelector('.veto')
+        return [+f.querySelector('output').textContent, f.querySelector('input').getAttribute('aria-valuetext'),
+                ...['product', 'pairs'].map(n => f.querySelector(`[data-says=${n}]`).textContent)]""")
 
 
 def centre(browser, selector):
-    browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector)
-    return browser.execute_script("const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2, r.width, r.height]", selector)
+    return browser.execute_script("""
+        const e = document.querySelector(arguments[0])
+        e.scrollIntoView({block: 'center', behavior: 'instant'})
+        const r = e.getBoundingClientRect()
+        return [r.x + r.width/2, r.y + r.height/2, r.width, r.height]""", selector)
 
 
 @pytest.fixture
@@ -285,8 +308,8 @@ def test_the_figure_follows_the_mouse(veto):
     browser = veto()
     dial = browser.find_element("css selector", ".veto .dial")
     x, y, width, height = centre(browser, ".veto .dial")
-    ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width),
-                                                      0).click_and_hold().move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
+    hand = ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width), 0).click_and_hold()
+    hand.move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
     angle, said, product, pairs = state(browser)
     assert abs(angle - 90) <= 3 and "finds the true one" not in product and "finds the true one" in pairs
     assert said.startswith(f"{angle} degrees")

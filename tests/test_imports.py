@@ -11,7 +11,8 @@ from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core product contrastive neutral gate
-    objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset objectives.comm
+    objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset
+    objectives.comm
     data.dataset data.corruption data.xnor data.xor data.mfeat data.tabular data.mimic data.trifeature
     encoders retrieval fragility auditing training distributed plots experiment sweep""".split()
 GENERATED = "__init__", "_modidx"

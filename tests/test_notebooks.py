@@ -42,7 +42,8 @@ def test_the_package_is_what_the_notebooks_export(made_again):
 
 @each
 def test_clean(path, made_again):
-    assert path.read_bytes() == (made_again/path.relative_to(ROOT)).read_bytes(), f"run nbdev_clean --fname {path.relative_to(ROOT)}"
+    name = path.relative_to(ROOT)
+    assert path.read_bytes() == (made_again/name).read_bytes(), f"run nbdev_clean --fname {name}"
     assert json.loads(path.read_text(encoding="utf-8"))["metadata"].keys() == {"kernelspec"}
 
 
@@ -55,7 +56,8 @@ def test_no_error_is_saved(path):
 def test_every_example_shows_its_result(path):
     """A cell that ends in a value has an output, unless it was never run.
 
-    Cleaning removes execution counts, so a missing output is what gives such a cell away. A call may return nothing: not judged.
+    Cleaning removes execution counts, so a missing output is what gives such a cell away. A call may return nothing: it
+    isn't judged.
     """
     unrun = []
     for c in code(path):
@@ -63,9 +65,8 @@ def test_every_example_shows_its_result(path):
             continue
         tree = ast.parse(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M))
         last = tree.body[-1] if tree.body else None
-        if isinstance(last, ast.Expr) and isinstance(last.value,
-                                                     SHOWS) and not c["source"].rstrip().endswith(";") and not c["outputs"]:
-            unrun.append(c["source"])
+        shows = isinstance(last, ast.Expr) and isinstance(last.value, SHOWS) and not c["source"].rstrip().endswith(";")
+        if shows and not c["outputs"]: unrun.append(c["source"])
     assert unrun == []
 
 
@@ -78,7 +79,7 @@ def test_a_notebook_is_named_as_its_module(path):
 
 @each
 def test_title(path):
-    "The first text is a title and a quoted line and no more: nbdev makes the head of the page of that cell, and drops what else is in it."
+    "The first text is a title and a quoted line: nbdev makes the page's head of it, and drops what else is there."
     first = next(c["source"] for c in cells(path) if c["cell_type"] == "markdown")
     assert re.fullmatch(r"# \S.*\n\n> \S.*", first)
 

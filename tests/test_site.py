@@ -1,4 +1,4 @@
-"The site, as a reader gets it: every page there and reachable, API tables, formulas, no broken link, nothing from other hosts."
+"The site, as a reader gets it: every page there and reachable, API tables, formulas, whole links, no other hosts."
 import inspect, json, re, sys
 from html import unescape
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_formulas_are_drawn_without_a_script():
 
 @pytest.mark.parametrize("path", sorted((ROOT/"nbs/tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_a_tutorial_runs_elsewhere(path):
-    "It offers Colab and Binder, and its first code cell installs the package in Colab, where there is nothing else of ours."
+    "It offers Colab and Binder, and its first code cell installs the package in Colab, where there is nothing of ours."
     page = text(f"tutorials/{path.stem}.html")
     assert f"/blob/main/nbs/tutorials/{path.name}" in page and f"labpath=nbs/tutorials/{path.name}" in page
     first = next("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]

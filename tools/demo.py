@@ -11,7 +11,7 @@ def main(out):
     import pandas as pd
     from gated_symile.experiment import accuracy_table
     table = accuracy_table(pd.read_parquet(out/"results.parquet"))
-    print("\nTop-1 accuracy in percent with 95 % interval, by the probability p that a row has a misaligned modality:\n")
+    print("\nTop-1 accuracy in percent [95 % interval], by the probability p that a row has a misaligned modality:\n")
     print(table[[rows for rows in ("all", "clean", "corrupted") if rows in table]].to_string())
     print(f"\nIn {out}:")
     for f in sorted(out.iterdir()): print(f"  {f.name:<20}{WHAT.get(f.name, '')}")

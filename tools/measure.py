@@ -1,8 +1,9 @@
-"""Time and memory of one case, each in a process of its own: `python tools/measure.py CASE [name=value ...]` prints one line of JSON.
+"""Time and memory of one case, each in a process of its own: `python tools/measure.py CASE [name=value ...]`.
 
-Memory is the growth of the largest resident size in one run. It takes a fresh process, because what an earlier case touched and freed would hide
-what a later one needs; and one that gives freed memory back at once. Time is measured in another, whose heap has grown as that of any program that has
-loaded data. `python tools/measure.py` lists the cases; the benchmark notebooks call this through `measure`.
+It prints one line of JSON; without words it lists the cases. The benchmark notebooks call it through `measure`.
+Memory is the growth of the largest resident size in one run. It takes a fresh process, because what an earlier case
+touched and freed would hide what a later one needs; and one that gives freed memory back at once. Time is measured in
+another, whose heap has grown as that of any program that has loaded data.
 """
 import json
 import os
@@ -43,7 +44,7 @@ def symile(B=128, D=256, M=3, negatives="candidates"):
 
 
 def gated(B=128, D=256, M=3, compile=False, factorised=None):
-    "Gated Symile's loss and gradients; factorised: which form to take whatever M, the factorised one or the definition in pieces"
+    "Gated Symile's loss and gradients; factorised: which form to take whatever M, that one or the definition in pieces"
     import gated_symile.gate
     if factorised is not None: gated_symile.gate.factorised_pays = lambda *sizes: factorised
     return step(gated_objective(M, D, compile), embeddings(B, D, M))

@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, with the outputs saved in it: `python tools/readme.py [--check]`.
 
-Figures go to nbs/images/index_*; links are made relative to the top of the repository. `--check` writes nothing and exits with 1
-if README.md or a figure is not what the notebook gives.
+Figures go to nbs/images/index_*; links are made relative to the top of the repository. `--check` writes nothing and
+exits with 1 if README.md or a figure is not what the notebook gives.
 """
 import argparse, os, re, sys
 from pathlib import Path
@@ -18,7 +18,7 @@ OPTION = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.M)
 
 
 def shown(cell):
-    "The cell as a reader of the page should see it, or None: nbdev's and Quarto's `#|` options are obeyed and taken out."
+    "The cell as a reader of the page should see it, or None: nbdev's and Quarto's `#|` options obeyed and taken out."
     if cell.cell_type != "code": return cell
     options = dict(OPTION.findall(cell.source))
     if {"hide", "export", "exporti", "default_exp"} & options.keys() or options.get("include") == "false": return None

@@ -1,7 +1,8 @@
 """What a release gives to its users: `python tools/release.py [v0.1.0]`.
 
-Builds the source distribution, and of that the wheel, into `dist`. Installs the wheel into a fresh environment with the tested versions,
-and runs there, away from the repository, an import of every module and the example of README.md. A tag has to name the version.
+Builds the source distribution, and of that the wheel, into `dist`. Installs the wheel into a fresh environment with the
+tested versions, and runs there, away from the repository, an import of every module and the example of README.md. A tag
+has to name the version.
 """
 import argparse, os, re, shutil, subprocess, sys, tempfile, venv
 from configparser import ConfigParser
@@ -10,7 +11,9 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT/"dist"
-IMPORTS = "import gated_symile, pkgutil; [__import__(m.name) for m in pkgutil.walk_packages(gated_symile.__path__, 'gated_symile.')]; print(gated_symile.__file__)"
+IMPORTS = """import gated_symile, pkgutil
+for module in pkgutil.walk_packages(gated_symile.__path__, "gated_symile."): __import__(module.name)
+print(gated_symile.__file__)"""
 
 
 def example():
