@@ -1,7 +1,7 @@
 """Every check of the project, one named step after another, each with its time; stops at the first that fails.
 
-One thread in each of as many processes as there are cores, unless `OMP_NUM_THREADS` says otherwise. Another processor is
-imitated, as far as rounding goes, by `ATEN_CPU_CAPABILITY=default` or `avx2`, or by two threads.
+One thread in each of as many processes as there are cores, unless `OMP_NUM_THREADS` says otherwise. Another processor
+is imitated, as far as rounding goes, by `ATEN_CPU_CAPABILITY=default` or `avx2`, or by two threads.
 """
 import os, subprocess, sys, time
 from pathlib import Path
