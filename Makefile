@@ -63,7 +63,7 @@ docs: $(READY) ## build the site into _docs, with Quarto where it is installed, 
 preview: $(READY) ## serve the site on this machine and rebuild it when a notebook changes
 	@$(BIN)/python tools/docs.py serve
 
-notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/mip.ipynb ..."; make README.md
+notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/product.ipynb ..."; make README.md
 	@$(BIN)/python tools/notebooks.py $(NB)
 
 wheel: $(READY) ## build what is released into dist, and try the wheel in a fresh environment

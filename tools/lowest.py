@@ -1,6 +1,6 @@
-"""The library's tests with the lowest versions that settings.ini allows, in an environment of its own: `python tools/lowest.py`.
+"""The library's tests with the lowest versions that settings.ini allows: `python tools/lowest.py [arguments of pytest]`.
 
-Left out are the tests of what is made with the development tools: notebooks, site, types. Arguments go to pytest.
+They run in an environment of their own; left out are those of what the development tools make: notebooks, site, types.
 """
 import os, re, subprocess, sys, tempfile, venv
 from configparser import ConfigParser
