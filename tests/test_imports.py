@@ -46,6 +46,7 @@ def faults(package=PACKAGE, order=ORDER):
         above = order[:order.index(name)]
         for n in imported(path, package):
             if n.endswith("*"): yield f"{name} has a star import from {n.rstrip('.*') or 'the package'}"
+            elif n.rpartition(".")[2].startswith("_"): yield f"{name} imports {n}, which is private there"
             elif not any(n == m or n.startswith(m + ".") for m in above):
                 yield f"{name} imports {n or 'the package'}, which is not above it"
 
@@ -68,6 +69,7 @@ def test_modules_import_only_from_above():
     ("from toy import Gate", "imports Gate, which is not above"),
     ("import toy", "imports the package, which is not above"),
     ("from toy.core import *", "has a star import from core"),
+    ("from toy.core import _secret, check", "imports core._secret, which is private there"),
 ])
 def test_a_wrong_import_is_noticed(tmp_path, source, fault):
     data = tmp_path/"toy"/"data"

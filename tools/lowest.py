@@ -1,4 +1,4 @@
-"""The library's tests with the lowest versions that settings.ini allows: `python tools/lowest.py [arguments of pytest]`.
+"""The library's tests with the lowest versions that settings.ini allows: `python tools/lowest.py [words for pytest]`.
 
 They run in an environment of their own; left out are those of what the development tools make: notebooks, site, types.
 """
