@@ -9,7 +9,7 @@ DEMO := runs/demo
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results bench test docs preview notebooks wheel clean
+.PHONY: help setup demo results bench test lowest docs preview notebooks wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -54,18 +54,21 @@ bench: $(READY) ## measure speed and memory beside the peers; results in runs/be
 test: $(READY) ## run every check, as continuous integration does
 	@$(BIN)/python tools/check.py
 
+lowest: ## test the library with the lowest versions that settings.ini allows, in an environment of its own
+	@$(PYTHON) tools/lowest.py
+
 docs: $(READY) ## build the site into _docs, with Quarto where it is installed, else with smalldocs
 	@$(BIN)/python tools/docs.py build
 
 preview: $(READY) ## serve the site on this machine and rebuild it when a notebook changes
 	@$(BIN)/python tools/docs.py serve
 
-notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/mip.ipynb ..."; make README.md
+notebooks: $(READY) ## export, execute and clean the notebooks, all or NB="nbs/api/product.ipynb ..."; make README.md
 	@$(BIN)/python tools/notebooks.py $(NB)
 
 wheel: $(READY) ## build what is released into dist, and try the wheel in a fresh environment
 	@$(BIN)/python tools/release.py $(TAG)
 
 clean: ## remove what was built (not .venv, not runs)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

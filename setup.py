@@ -11,7 +11,8 @@ cfg = config["DEFAULT"]
 
 # On PyPI, links have to name the repository.
 readme = (here/"README.md").read_text(encoding="utf-8") if (here/"README.md").exists() else ""
-for link, place in (("](nbs/images/", f"{cfg['git_url']}/raw/{cfg['branch']}"), ("](nbs/", f"{cfg['git_url']}/blob/{cfg['branch']}")):
+for link, place in (("](nbs/images/", f"{cfg['git_url']}/raw/{cfg['branch']}"),
+                    ("](nbs/", f"{cfg['git_url']}/blob/{cfg['branch']}")):
     readme = readme.replace(link, f"]({place}/{link[2:]}")
 
 setup(
@@ -24,9 +25,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["gated_symile", "gated_symile.*"]),
-    package_data={"gated_symile": ["data/mfeat.npz", "data/mfeat.md"]},
+    package_data={"gated_symile": ["py.typed", "data/mfeat.npz", "data/mfeat.md"]},
     python_requires=f">={cfg['min_python']}",
-    entry_points={"nbdev": ["gated_symile = gated_symile._modidx:d"]},       # where nbdev finds the source and the page of a name
+    entry_points={"nbdev": ["gated_symile = gated_symile._modidx:d"]},      # where nbdev finds a name's source and page
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "sweep")},
     long_description=readme,

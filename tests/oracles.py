@@ -14,7 +14,8 @@ def mip_loop(vectors):
 def mip_scores_loop(embeddings, target):
     "All pairs, one at a time."
     queries = [e for m, e in enumerate(embeddings) if m != target]
-    return torch.tensor([[mip_loop([*(q[i] for q in queries), c]) for c in embeddings[target]] for i in range(len(queries[0]))],
+    return torch.tensor([[mip_loop([*(q[i] for q in queries), c]) for c in embeddings[target]]
+                         for i in range(len(queries[0]))],
                         dtype=torch.float64)
 
 
@@ -37,9 +38,11 @@ def gated_score(gate, embeddings, target, i, j, present=None):
     here = [present is None or bool(present[i, m]) for m in queries]
     T, alpha, has_null = gate.temperature(), gate.strength(), gate.fit.null_bias is not None
     if hasattr(gate.fit, "table"):
-        fits, null = [gate.fit.table[target, m] / T for m in queries], gate.fit.null_bias[target] / T if has_null else None
+        fits = [gate.fit.table[target, m] / T for m in queries]
+        null = gate.fit.null_bias[target] / T if has_null else None
     else:
-        fits = [unit(gate.fit.query[target] @ c) @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
+        asked = unit(gate.fit.query[target] @ c)
+        fits = [asked @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
                 for m, ok in zip(queries, here)]
         null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T if has_null else None
     if gate.weighting.weights.__name__ == "softmax_weights":
@@ -100,14 +103,18 @@ def diversity(embeddings, target, i, present=None):
     return 1 - sum(cosines)/len(cosines) if cosines else 1.
 
 
-def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None, by_diversity=False):
-    "For one query and one candidate: subset of modalities, as a sorted tuple -> logit, counting through all binary numbers."
+def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_subset=None, present=None,
+                  by_diversity=False):
+    "For one query and one candidate: subset of modalities, a sorted tuple -> logit, through all binary numbers."
     c, queries = embeddings[target][j], [m for m in range(len(embeddings)) if m != target]
-    logits, scale = {(): torch.tensor(null, dtype=c.dtype)}, scale * (diversity(embeddings, target, i, present) if by_diversity else 1)
+    logits = {(): torch.tensor(null, dtype=c.dtype)}
+    if by_diversity: scale = scale * diversity(embeddings, target, i, present)
     for bits in range(1, 2**len(queries)):
         subset = tuple(m for k, m in enumerate(queries) if bits >> k & 1)
-        if len(subset) > (max_subset or len(queries)) or present is not None and not all(present[i, m] for m in subset): continue
-        logits[subset] = scale * len(c)**(len(subset)/2) * math.prod([embeddings[m][i] for m in subset], start=c).sum() - penalty * (len(subset) - 1)
+        if len(subset) > (max_subset or len(queries)) or present is not None and not all(present[i, m] for m in subset):
+            continue
+        product = math.prod([embeddings[m][i] for m in subset], start=c).sum()
+        logits[subset] = scale * len(c)**(len(subset)/2) * product - penalty * (len(subset) - 1)
     return logits
 
 

@@ -1,6 +1,7 @@
 """The site in a real browser: Chromium without a window, which may talk to this machine only.
 
-Every page is opened once, at two widths, light and dark; `PROBE` notes what is on it, and each test asks one question of all pages.
+Every page is opened once, at two widths, light and dark; `PROBE` notes what is on it, and each test asks one question
+of all pages.
 Skipped where there is no Chromium with its driver, unless `NEED_BROWSER` is set, as continuous integration does.
 """
 import json, os, re, shutil, sys, time
@@ -25,35 +26,49 @@ PROBE = r"""
 const [contrast] = arguments, main = document.querySelector("main"), all = s => [...main.querySelectorAll(s)]
 const shown = e => { const r = e.getBoundingClientRect(); return r.width > 0 && r.height > 0 }
 const right = e => shown(e) ? e.getBoundingClientRect().right : 0
-const boxed = e => e != main && (/auto|scroll/.test(getComputedStyle(e.parentElement).overflowX) || boxed(e.parentElement)) // scrolls in a box of its own
+const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX)
+const boxed = e => e != main && (scrolls(e.parentElement) || boxed(e.parentElement)) // scrolls in a box of its own
 const text = e => e.textContent.trim().slice(0, 60)
 document.querySelectorAll("details").forEach(d => d.open = true)
 const rgba = c => { const [r, g, b, a = 1] = c.match(/[\d.]+/g).map(Number); return [r, g, b, a] }
-const light = ([r, g, b]) => { const f = x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4; return .2126*f(r) + .7152*f(g) + .0722*f(b) }
+const linear = x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4
+const light = ([r, g, b]) => .2126*linear(r) + .7152*linear(g) + .0722*linear(b)
 const over = (top, below) => [0, 1, 2].map(i => top[i]*top[3] + below[i]*(1 - top[3])).concat(1)
-const ground = e => { const c = rgba(getComputedStyle(e).backgroundColor); return c[3] == 1 || !e.parentElement ? c[3] ? c : [255, 255, 255, 1] : over(c, ground(e.parentElement)) }
+const ground = e => {
+  const c = rgba(getComputedStyle(e).backgroundColor)
+  if (c[3] == 1 || !e.parentElement) return c[3] ? c : [255, 255, 255, 1]
+  return over(c, ground(e.parentElement))
+}
 const faint = e => {
-  const below = ground(e), [a, b] = [light(over(rgba(getComputedStyle(e).color), below)), light(below)].sort((x, y) => y - x)
+  const below = ground(e), ink = over(rgba(getComputedStyle(e).color), below)
+  const [a, b] = [light(ink), light(below)].sort((x, y) => y - x)
   return (a + .05) / (b + .05) < contrast
 }
-const texts = all("*").filter(e => !e.closest("svg") && shown(e) && [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+const own = e => [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join("")
+const named = e => `${e.tagName}.${e.className}: ${text(e)}`
+const texts = all("*").filter(e => !e.closest("svg") && shown(e) && own(e).trim())
 const prose = all("p, li, td, th, figcaption, h1, h2, h3").filter(e => !e.closest("pre, .cell-output"))
 const root = document.scrollingElement
 return {
   title: document.title, headings: all("h2").length, contents: !!document.querySelector("#TOC a"),
-  wide: (root.scrollWidth > root.clientWidth ? ["the window scrolls"] : []).concat(all("*").filter(e => right(e) > right(main) + 1 && !boxed(e)).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`)),
-  faint: texts.filter(faint).slice(0, 5).map(e => `${e.tagName}.${e.className}: ${text(e)}`),
+  wide: (root.scrollWidth > root.clientWidth ? ["the window scrolls"] : []).concat(
+    all("*").filter(e => right(e) > right(main) + 1 && !boxed(e)).slice(0, 5).map(named)),
+  faint: texts.filter(faint).slice(0, 5).map(named),
   formulas: all("math").length,
   flat: all("math").filter(e => !shown(e) || e.querySelector("merror")).map(text),
-  raw: prose.filter(e => /\\\(|\\\[|\$\$|\\frac|\\mathrm/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join(""))).map(text),
+  raw: prose.filter(e => /\\\(|\\\[|\$\$|\\frac|\\mathrm/.test(own(e))).map(text),
   figures: all("img").length,
   blank: all("img").filter(i => !i.complete || !i.naturalWidth || !shown(i)).length,
   silent: all("img").filter(i => !(i.alt || "").trim()).length,
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
   links: [...document.querySelectorAll("a[href]")].map(a => a.href),
   loads: performance.getEntriesByType("resource").map(e => e.name),
-  head: Object.fromEntries([...document.querySelectorAll("meta[property], meta[name], link[rel=icon]")].map(m => [m.getAttribute("property") || m.name || "icon", m.content || m.href])),
+  head: Object.fromEntries([...document.querySelectorAll("meta[property], meta[name], link[rel=icon]")].map(
+    m => [m.getAttribute("property") || m.name || "icon", m.content || m.href])),
 }"""
+
+
+IS_DARK = "return [document.documentElement, document.body].some(e => e.classList.contains('quarto-dark'))"
 
 
 def missing():
@@ -62,13 +77,16 @@ def missing():
     try: import selenium                                                    # noqa: F401
     except ImportError: return "selenium is not installed"
     if not browser_path(): return "Chromium is not installed (Debian: apt-get install chromium chromium-driver)"
-    if not shutil.which("chromedriver"): return "Chromium's driver is not installed (Debian: apt-get install chromium-driver)"
+    if not shutil.which("chromedriver"):
+        return "Chromium's driver is not installed (Debian: apt-get install chromium-driver)"
 
 
-def browser_path(): return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def browser_path():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-if missing() and (sys.version_info < (3, 11) or not os.environ.get("NEED_BROWSER")): pytestmark = pytest.mark.skip(reason=missing())
+if missing() and (sys.version_info < (3, 11) or not os.environ.get("NEED_BROWSER")):
+    pytestmark = pytest.mark.skip(reason=missing())
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -92,16 +110,20 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = browser_path()
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(f"--{flag}")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
+                 "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync",
+                 "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+        options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 
 
 def look(browser, width=1300, scheme="light"):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                            {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
 
 
 def until(found, seconds=10):
@@ -119,9 +141,12 @@ def complaints(browser):
         message = json.loads(entry["message"])["message"]
         about, kind = message["params"], message["method"]
         if kind == "Network.requestWillBeSent": asked[about["requestId"]] = about["request"]["url"]
-        if kind == "Network.loadingFailed" and not about.get("canceled"): found.append(f"{asked.get(about['requestId'])} failed: {about['errorText']}")
-        if kind == "Network.responseReceived" and about["response"]["status"] >= 400: found.append(f"{about['response']['url']} is {about['response']['status']}")
-    return found + [f"asked for {url}" for url in asked.values() if urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname != "127.0.0.1"]
+        if kind == "Network.loadingFailed" and not about.get("canceled"):
+            found.append(f"{asked.get(about['requestId'])} failed: {about['errorText']}")
+        if kind == "Network.responseReceived" and about["response"]["status"] >= 400:
+            found.append(f"{about['response']['url']} is {about['response']['status']}")
+    return found + [f"asked for {url}" for url in asked.values() if urlsplit(url).scheme in ("http", "https")
+                    and urlsplit(url).hostname != "127.0.0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +159,7 @@ def visits(home, browser):
         for scheme in SCHEMES:
             for width in WIDTHS:
                 look(browser, width, scheme)
-                until(lambda: browser.execute_script("return document.documentElement.classList.contains('quarto-dark') || document.body.classList.contains('quarto-dark')") == (scheme == "dark"), 2)
+                until(lambda: browser.execute_script(IS_DARK) == (scheme == "dark"), 2)
                 notes[page, width, scheme] = browser.execute_script(PROBE, CONTRAST)
         errors[page] = complaints(browser)
     look(browser)
@@ -153,15 +178,18 @@ def test_text_stands_out_from_its_ground(visits): assert bad(visits, "faint") ==
 
 def test_formulas_are_drawn(visits):
     assert bad(visits, "flat") == bad(visits, "raw") == {}
-    assert sum(note["formulas"] for (_, width, scheme), note in visits[0].items() if (width, scheme) == (1300, "light")) > 300
+    assert sum(note["formulas"] for (_, width, scheme), note in visits[0].items()
+               if (width, scheme) == (1300, "light")) > 300
 
 
 def test_figures_are_visible_and_described(visits):
     assert bad(visits, "blank") == bad(visits, "silent") == {}
-    assert sum(note["figures"] for (_, width, scheme), note in visits[0].items() if (width, scheme) == (390, "dark")) > 20
+    assert sum(note["figures"] for (_, width, scheme), note in visits[0].items()
+               if (width, scheme) == (390, "dark")) > 20
 
 
-def test_long_pages_have_contents(visits): assert [page for page, note in visits[0].items() if note["headings"] > 1 and not note["contents"]] == []
+def test_long_pages_have_contents(visits):
+    assert [page for page, note in visits[0].items() if note["headings"] > 1 and not note["contents"]] == []
 
 
 def test_links_and_anchors_lead_somewhere(visits, home, site):
@@ -172,7 +200,8 @@ def test_links_and_anchors_lead_somewhere(visits, home, site):
             if not url.startswith(home): continue
             path, _, anchor = url.removeprefix(home).partition("#")
             path = path if path and not path.endswith("/") else path + "index.html"
-            if not (site/path).is_file() or (anchor and path in ids and anchor not in ids[path]): lost.append((page, url))
+            if not (site/path).is_file() or (anchor and path in ids and anchor not in ids[path]):
+                lost.append((page, url))
     assert lost == []
 
 
@@ -187,13 +216,16 @@ def test_links_to_other_hosts_are_well_formed(site):
     urls = docs.external()
     assert len(urls) > 20
     assert [u for u in urls if not re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[^\s<>\"\\^`{|}]*)?", u)] == []
-    assert [u for u in urls if "arxiv.org/" in u and not re.fullmatch(r"https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", u)] == []
-    ours = re.compile(r"https://github\.com/gated-symile/gated_symile/blob/main/([^#?]+)(?:#L(\d+))?|https://colab\.research\.google\.com/github/gated-symile/gated_symile/blob/main/(.+)")
+    assert [u for u in urls if "arxiv.org/" in u
+            and not re.fullmatch(r"https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", u)] == []
+    ours = re.compile(r"https://github\.com/gated-symile/gated_symile/blob/main/([^#?]+)(?:#L(\d+))?|"
+                      r"https://colab\.research\.google\.com/github/gated-symile/gated_symile/blob/main/(.+)")
     for url in urls:
         if m := ours.fullmatch(url):
             file = ROOT/(m.group(1) or m.group(3))
             assert file.is_file(), f"{url}, on {urls[url]}: we have no such file"
-            assert int(m.group(2) or 1) <= len(file.read_text(encoding="utf-8").splitlines()), f"{url}: the file is shorter"
+            lines = file.read_text(encoding="utf-8").splitlines()
+            assert int(m.group(2) or 1) <= len(lines), f"{url}: the file is shorter"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -207,15 +239,18 @@ def test_search_finds_what_it_is_asked_for(browser, home, site, width):
         assert until(box.is_displayed)
         time.sleep(0.5)                                                     # the menu unfolds
         box.send_keys("neutral direction")
-        results = until(lambda: browser.execute_script("return [...document.querySelectorAll('.search-result')].map(a => a.href)"))
+        found = "return [...document.querySelectorAll('.search-result')].map(a => a.href)"
+        results = until(lambda: browser.execute_script(found))
         assert any(url.split("#")[0].endswith("api/neutral.html") for url in results[:5])
         assert complaints(browser) == []
         browser.execute_script("arguments[0].click()", browser.find_element("css selector", ".search-result"))
-        assert until(lambda: browser.current_url != start) and "neutral" in browser.find_element("css selector", "main").text.lower()
+        assert until(lambda: browser.current_url != start)
+        assert "neutral" in browser.find_element("css selector", "main").text.lower()
 
 
 def test_the_reader_chooses_light_or_dark(browser, home):
-    def dark(): return browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
+    def dark():
+        return browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
     look(browser)
     browser.get(home + "index.html")
     assert not dark()
@@ -230,10 +265,12 @@ def test_the_reader_chooses_light_or_dark(browser, home):
 def test_code_can_be_copied(browser, home):
     look(browser)
     browser.get(home + "index.html")
-    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": home})
+    browser.execute_cdp_cmd("Browser.grantPermissions",
+                            {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": home})
     block = browser.find_element("css selector", "main .code-copy-outer-scaffold")
     browser.execute_script("arguments[0].querySelector('.code-copy-button').click()", block)
-    copied = until(lambda: browser.execute_async_script("const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(''))"))
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(''))"
+    copied = until(lambda: browser.execute_async_script(read))
     assert copied.strip() == block.find_element("css selector", "code").get_property("innerText").strip()
 
 
@@ -241,13 +278,18 @@ def test_code_can_be_copied(browser, home):
 
 def state(browser):
     "The angle of the figure, and what it says of both scores."
-    return browser.execute_script("const f = document.querySelector('.veto'); return [+f.querySelector('output').textContent, f.querySelector('input').getAttribute('aria-valuetext'), "
-                                  "...['product', 'pairs'].map(n => f.querySelector(`[data-says=${n}]`).textContent)]")
+    return browser.execute_script("""
+        const f = document.querySelector('.veto')
+        return [+f.querySelector('output').textContent, f.querySelector('input').getAttribute('aria-valuetext'),
+                ...['product', 'pairs'].map(n => f.querySelector(`[data-says=${n}]`).textContent)]""")
 
 
 def centre(browser, selector):
-    browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector)
-    return browser.execute_script("const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2, r.width, r.height]", selector)
+    return browser.execute_script("""
+        const e = document.querySelector(arguments[0])
+        e.scrollIntoView({block: 'center', behavior: 'instant'})
+        const r = e.getBoundingClientRect()
+        return [r.x + r.width/2, r.y + r.height/2, r.width, r.height]""", selector)
 
 
 @pytest.fixture
@@ -266,7 +308,8 @@ def test_the_figure_follows_the_mouse(veto):
     browser = veto()
     dial = browser.find_element("css selector", ".veto .dial")
     x, y, width, height = centre(browser, ".veto .dial")
-    ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width), 0).click_and_hold().move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
+    hand = ActionChains(browser).move_to_element_with_offset(dial, int(0.3*width), 0).click_and_hold()
+    hand.move_to_element_with_offset(dial, 0, -int(0.3*height)).release().perform()
     angle, said, product, pairs = state(browser)
     assert abs(angle - 90) <= 3 and "finds the true one" not in product and "finds the true one" in pairs
     assert said.startswith(f"{angle} degrees")
@@ -292,7 +335,9 @@ def test_the_figure_follows_a_finger(veto):
         x, y, width, height = centre(browser, ".veto .dial")
         assert min(width, height) >= 44 and centre(browser, ".veto input")[3] >= 44
         x, y, width, height = centre(browser, ".veto .dial")
-        for kind, point in (("touchStart", [x + 0.3*width, y]), ("touchMove", [x, y - 0.3*height]), ("touchMove", [x - 0.3*width, y]), ("touchEnd", None)):
-            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [dict(x=point[0], y=point[1])] if point else []})
+        for kind, point in (("touchStart", [x + 0.3*width, y]), ("touchMove", [x, y - 0.3*height]),
+                            ("touchMove", [x - 0.3*width, y]), ("touchEnd", None)):
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent",
+                                    {"type": kind, "touchPoints": [dict(x=point[0], y=point[1])] if point else []})
         assert until(lambda: abs(state(browser)[0] - 180) <= 5)
     finally: browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})

@@ -1,5 +1,7 @@
-"Stale pages and broken releases are noticed."
-import subprocess, sys
+"Stale pages and broken releases are noticed, and another processor's rounding is not mistaken for either."
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -7,61 +9,99 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT/"tools"))
-import fresh, release
+import fresh
+import release
+
+TRAIN = "import torch\nx = torch.zeros(1, requires_grad=True); x.sum().backward(); torch.optim.SGD([x], 1.).step();"
 
 
-@pytest.mark.parametrize("saved, now, agree", [
-    ("top1 0.9123", "top1 0.9124", True),
-    ("top1 0.91", "top1 0.95", False),                                      # 4 points more than it was
-    ("rank 139.5", "rank 141", True),                                       # 1 %
-    ("rank 139.5", "rank 145", False),
-    ("tensor([1.0000, -2e-07])", "tensor([1., 3e-8])", True),               # what rounding leaves of 0
-    ("loss -0.9", "loss 0.9", False),
-    ("shape (3, 4)", "shape (3, 4, 5)", False),
-    ("GRAM 0.5", "CLIP 0.5", False),
-    ("it took 1.2 seconds", "it took 9.9 seconds", True),
-    ("it took 1.2 seconds", "it needed 1.2 seconds", False),
-    ("[figure]", "", False),
+@pytest.mark.parametrize("saved, now", [
+    ("top1 0.91", "top1 0.95"), ("top1 0.912", "top1 0.921"),               # a point more than it was
+    ("rank 139.5", "rank 141"), ("loss -0.9", "loss 0.9"), ("loss 2.31", "loss 2.31e+02"),
+    ("1000 rows", "1001 rows"), ("shape (3, 4)", "shape (3, 5)"),           # what counts something
+    ("shape (3, 4)", "shape (3, 4, 5)"), ("[1, 2]", "[12]"),
+    ("rate 1e-03", "rate 1e-02"), ("error 2e-07", "error 1e-03"), ("error 2e-07", "error -1e-03"),
+    ("slope 1.234e-03", "slope 1.334e-03"),                                 # all its digits say that it is exact
+    ("0.1 of them", "0.3 of them"), ("0.001", "0.003"),
+    ("loss 0.5", "loss nan"), ("GRAM 0.5", "CLIP 0.5"), ("it took 1.2 seconds", "it needed 1.2 seconds"),
+    ("[figure]", ""), ("", "[figure]"), ("[figure]", "[figure] [figure]"), ("0.5", "[figure]"),
 ])
-def test_what_counts_as_the_same(saved, now, agree): assert fresh.same(saved, now) is agree
+def test_what_rounding_cannot_explain_is_stale(saved, now):
+    assert fresh.judge(saved, now)[1]
+    assert fresh.judge(saved, now, trained=True) == (fresh.judge(saved, now)[0], fresh.form(saved) != fresh.form(now))
+
+
+@pytest.mark.parametrize("saved, now", [
+    ("top1 0.9123", "top1 0.9124"), ("top1 0.03", "top1 0.04"),             # one unit of the last digit
+    ("rank 1395.5", "rank 1396.5"), ("-0.9071917533874512", "-0.9071918725967407"),
+    ("4e-07 and 1e-01", "5e-07 and 2e-01"), ("error 3.6e-07", "error 4.8e-08"),
+    ("tensor([1.0000, -2e-07])", "tensor([1., 3e-8])"), ("0.0", "1.7763568394002505e-15"),
+    ("tensor([ 1.0000, 2e-08])", "tensor([1.0000e+00, -3e-08])"),           # a sign moves the columns apart
+])
+def test_what_rounding_may_have_done_is_told(saved, now):
+    differs, stale = fresh.judge(saved, now)
+    assert differs and not stale and fresh.judge(now, saved) == (fresh.judge(now, saved)[0], False)
+
+
+@pytest.mark.parametrize("saved, now", [
+    ("0.9", "0.9"), ("-0.0000", "0.0000"), ("1.", "1.0000"), ("", ""), ("it took 1.2 seconds", "it took 9.9 seconds"),
+])
+def test_what_is_the_same_is_passed_over(saved, now): assert fresh.judge(saved, now) == ("", False)
 
 
 def test_what_a_reader_sees():
     table = "<style scoped>\n td {width: 3px}\n</style><table><td>1</td>\n<td>a &lt; b</td></table>"
-    outputs = [dict(output_type="stream", name="stdout", text=["one\n", "two\n"]), dict(output_type="stream", name="stderr", text="warning"),
+    outputs = [dict(output_type="stream", name="stdout", text=["one\n", "two\n"]),
+               dict(output_type="stream", name="stderr", text="warning"),
                dict(output_type="display_data", data={"image/png": "iVBO", "text/plain": "<Figure size 640x480>"}),
                dict(output_type="execute_result", data={"text/html": table, "text/plain": "1  a < b"}),
                dict(output_type="execute_result", data={"text/plain": "<object at 0x7f00>"})]
     assert fresh.shown(outputs) == "one two [figure] 1 a < b <object>"
 
 
+def cell(source, saved=""):
+    data = {"text/plain": saved}
+    return nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("execute_result", data)] if saved else [])
+
+
+def run(folder, *pages, command="tools/fresh.py", **environ):
+    "The pages, each a list of cells, are written into the folder and run there by two workers."
+    for i, cells in enumerate(pages): nbformat.write(nbformat.v4.new_notebook(cells=cells), folder/f"page{i}.ipynb")
+    words = [sys.executable, str(command), "--path", str(folder), "--n_workers", "2"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environ})
+
+
 def test_stale_cells_are_found_and_others_left_alone(tmp_path):
-    new, out = nbformat.v4, nbformat.v4.new_output
-    def value(source, saved): return new.new_code_cell(source, outputs=[out("execute_result", data={"text/plain": saved})] if saved else [])
-    nb = new.new_notebook(cells=[value("1 + 1", "2"), value("2*3", "7"), value("#| eval: false\n1/0", "kept"), value("5; # not shown", ""), value("'never ' 'saved'", "")])
-    nbformat.write(nb, tmp_path/"page.ipynb")
-    done = subprocess.run([sys.executable, "tools/fresh.py", str(tmp_path/"page.ipynb")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "STALE" in done.stdout
-    assert done.stderr.count("is saved with") == 2 and "saved with\n7\nbut now gives\n6" in done.stderr and "gives\n'never saved'" in done.stderr
+    done = run(tmp_path, [cell("1 + 1", "2"), cell("2*3", "7"), cell("#| eval: false\n1/0", "kept"),
+                          cell("5; # not shown"), cell("'never ' 'saved'")])
+    assert done.returncode == 1 and "Success" in done.stdout                 # of nbdev_test, whose verdict is another
+    assert done.stderr.count("is saved with") == 2 and "saved with\n7\nbut now gives\n6" in done.stderr
+    assert "gives\n'never saved'" in done.stderr
 
 
 def test_what_follows_a_training_may_differ_but_not_vanish(tmp_path):
-    new, out = nbformat.v4, nbformat.v4.new_output
-    train = "import torch\nx = torch.zeros(1, requires_grad=True); x.sum().backward(); torch.optim.SGD([x], 1.).step();"
-    cells = [new.new_code_cell(train), *(new.new_code_cell(source, outputs=[out("execute_result", data={"text/plain": "'found 0.61'"})]) for source in ("'lost 0.32'", ""))]
-    def run(cells):
-        nbformat.write(new.new_notebook(cells=cells), tmp_path/"page.ipynb")
-        return subprocess.run([sys.executable, "tools/fresh.py", str(tmp_path/"page.ipynb")], cwd=ROOT, capture_output=True, text=True)
-    first, both, untrained = run(cells[:2]), run(cells), run(cells[1:2])
-    assert first.returncode == 0 and "cell 2: differs after training" in first.stdout
-    assert both.returncode == 1 and "saved with\n'found 0.61'\nbut now gives\n\n" in both.stderr
-    assert untrained.returncode == 1
+    first, other = cell("'lost 0.32'", "'found 0.61'"), cell("", "'found 0.61'")
+    for i, page in enumerate(([cell(TRAIN), first], [cell(TRAIN), first, other], [first, cell(TRAIN)])):
+        (folder := tmp_path/str(i)).mkdir()
+        done = run(folder, page)
+        assert ("cell 2, after training" in done.stdout) == (i < 2) and done.returncode == (i > 0)
+        if i == 1: assert "saved with\n'found 0.61'\nbut now gives\n\n" in done.stderr
 
 
-def test_a_broken_cell_is_found(tmp_path):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1/0")]), tmp_path/"page.ipynb")
-    done = subprocess.run([sys.executable, "tools/fresh.py", str(tmp_path/"page.ipynb")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+def test_broken_cells_are_found_by_nbdev_test_with_and_without_the_notes(tmp_path):
+    for command in (Path(sys.executable).with_name("nbdev_test"), "tools/fresh.py"):
+        done = run(tmp_path, [cell("1 + 1", "3"), cell("1/0")], [cell("1 + 1", "2")], command=command)
+        assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+        assert "nbdev Tests Failed On The Following Notebooks" in done.stderr and "page1" not in done.stderr
+        assert ("saved with\n3\nbut now gives\n2" in done.stderr) == (command == "tools/fresh.py")
+
+
+def test_the_notes_can_be_kept(tmp_path):
+    (notes := tmp_path/"notes").mkdir()
+    (pages := tmp_path/"pages").mkdir()
+    assert run(pages, [cell("1 + 1", "2")], FRESH=str(notes)).returncode == 0
+    assert [file.read_text().count('[1, "2", "2", false]') for file in notes.iterdir()] == [1]
+    assert not fresh.compare(notes) and fresh.compare(pages)                 # none was run: that is no success
 
 
 def test_a_release_needs_the_tag_of_its_version():

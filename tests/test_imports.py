@@ -11,9 +11,9 @@ from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core product contrastive cube neutral gate.fits gate.factorised gate.gate
-    objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset objectives.comm
-    statistics data.dataset data.corruption data.splits data.xnor data.xor data.mfeat data.tabular data.mimic data.trifeature
-    encoders model search bank distributed training fragility auditing runs.spec runs.run runs.record runs.plan plots""".split()
+    objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset
+    statistics data.dataset data.corruption data.splits data.xnor data.xor data.mfeat data.tabular
+    encoders model search bank training fragility auditing runs.spec runs.run runs.record runs.plan plots""".split()
 GENERATED = "__init__", "_modidx"
 
 
@@ -45,7 +45,9 @@ def faults(package=PACKAGE, order=ORDER):
         above = order[:order.index(name)]
         for n in imported(path, package):
             if n.endswith("*"): yield f"{name} has a star import from {n.rstrip('.*') or 'the package'}"
-            elif not any(n == m or n.startswith(m + ".") for m in above): yield f"{name} imports {n or 'the package'}, which is not above it"
+            elif n.rpartition(".")[2].startswith("_"): yield f"{name} imports {n}, which is private there"
+            elif not any(n == m or n.startswith(m + ".") for m in above):
+                yield f"{name} imports {n or 'the package'}, which is not above it"
 
 
 def test_modules_import_only_from_above():
@@ -66,6 +68,7 @@ def test_modules_import_only_from_above():
     ("from toy import Gate", "imports Gate, which is not above"),
     ("import toy", "imports the package, which is not above"),
     ("from toy.core import *", "has a star import from core"),
+    ("from toy.core import _secret, check", "imports core._secret, which is private there"),
 ])
 def test_a_wrong_import_is_noticed(tmp_path, source, fault):
     data = tmp_path/"toy"/"data"
@@ -85,8 +88,10 @@ def test_a_module_without_a_place_is_noticed(tmp_path):
 def test_the_table_of_names_is_the_package():
     "What is exported is in the table, and the other way round."
     cells = json.loads((PACKAGE.parent/"nbs"/"api"/"gated_symile.ipynb").read_text(encoding="utf-8"))["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("|")]
+    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()
+             if line.startswith("|")]
     table = set(re.findall(r"`(\w+)`", "\n".join(lines)))
-    errors = {n for n in gated_symile.__all__ if isinstance(getattr(gated_symile, n), type) and issubclass(getattr(gated_symile, n), GatedSymileError)}
+    errors = {n for n in gated_symile.__all__ if isinstance(getattr(gated_symile, n), type)
+              and issubclass(getattr(gated_symile, n), GatedSymileError)}
     assert {"Bank", "query_subsets"} < table
     assert table | errors == set(gated_symile.__all__)                                # errors are in it as a family

@@ -1,4 +1,4 @@
-"The site, as a reader gets it: every page there and reachable, API tables, formulas, no broken link, nothing from other hosts."
+"The site, as a reader gets it: every page there and reachable, API tables, formulas, whole links, no other hosts."
 import inspect, json, re, sys
 from html import unescape
 from pathlib import Path
@@ -14,14 +14,16 @@ SITE = ROOT/"_docs"
 sys.path.insert(0, str(ROOT/"tools"))
 import docs
 
-pytestmark = [pytest.mark.usefixtures("site"), pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")]
+pytestmark = [pytest.mark.usefixtures("site"),
+              pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")]
 
 
 def text(page): return (SITE/page).read_text(encoding="utf-8")
 
 
 def test_every_notebook_is_a_page_that_can_be_reached():
-    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html") for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html") for p in (ROOT/"nbs").rglob("*.ipynb")
+                 if ".ipynb_checkpoints" not in p.parts}
     reached, left = set(), [SITE/"index.html"]
     while left:
         page = left.pop()
@@ -47,16 +49,18 @@ def test_formulas_are_drawn_without_a_script():
 
 @pytest.mark.parametrize("path", sorted((ROOT/"nbs/tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_a_tutorial_runs_elsewhere(path):
-    "It offers Colab and Binder, and its first code cell installs the package in Colab, where there is nothing else of ours."
+    "It offers Colab and Binder, and its first code cell installs the package in Colab, where there is nothing of ours."
     page = text(f"tutorials/{path.stem}.html")
     assert f"/blob/main/nbs/tutorials/{path.name}" in page and f"labpath=nbs/tutorials/{path.name}" in page
-    first = next("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    first = next("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+                 if c["cell_type"] == "code")
     assert first.startswith("#| hide\n! [ -e /content ] && pip install -q git+https://github.com/gated-symile/gated_symile")
 
 
 def test_public_names_link_to_their_source():
     page = text("api/mip.html")
-    assert all(re.search(rf'href="[^"]*/blob/main/gated_symile/mip\.py#L{inspect.getsourcelines(f)[1]}"', page) for f in (gated_symile.mip_scores, gated_symile.dvs))
+    assert all(re.search(rf'href="[^"]*/blob/main/gated_symile/mip\.py#L{inspect.getsourcelines(f)[1]}"', page)
+               for f in (gated_symile.mip_scores, gated_symile.dvs))
 
 
 @pytest.mark.parametrize("source, alt", [
@@ -68,7 +72,8 @@ def test_a_figure_is_described(source, alt):
     cells = [SimpleNamespace(cell_type="markdown", source="Title\n\n" + alt),
              SimpleNamespace(cell_type="code", source=source, outputs=[{"data": {"image/png": "iVBO"}}])]
     docs.describe_figures(cells)
-    assert re.findall(r'^#\| fig-alt: "(.*)"$', cells[1].source, re.M) == [alt if "[" not in alt else "Look at the peak."]
+    assert re.findall(r'^#\| fig-alt: "(.*)"$', cells[1].source, re.M) == [alt if "[" not in alt
+                                                                           else "Look at the peak."]
 
 
 @pytest.mark.parametrize("tex, shown", [
@@ -81,7 +86,8 @@ def test_a_formula_keeps_its_characters(tex, shown):
 
 
 def test_a_formula_that_is_not_understood_is_noticed():
-    with pytest.raises(ValueError, match="nonsense"): docs.mathml(docs.FORMULA.search(r'<span class="math display">\[\nonsense{x}\]</span>'))
+    with pytest.raises(ValueError, match="nonsense"):
+        docs.mathml(docs.FORMULA.search(r'<span class="math display">\[\nonsense{x}\]</span>'))
 
 
 @pytest.mark.parametrize("html, problem", [

@@ -1,7 +1,8 @@
 """The site, from the notebooks into `_docs`: `python tools/docs.py build|check|links|serve`.
 
-nbdev stages the notebooks (hidden cells dropped, API tables added); Quarto renders them where it is installed, else smalldocs.
-What either leaves to other hosts is brought home afterwards: formulas become MathML, and no page loads anything from elsewhere.
+nbdev stages the notebooks (hidden cells dropped, API tables added); Quarto renders them where it is installed, else
+smalldocs. What either leaves to other hosts is brought home afterwards: formulas become MathML, and no page loads
+anything from elsewhere.
 """
 import json, os, re, shutil, subprocess, sys, time
 from functools import partial
@@ -15,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT/"_proc", ROOT/"_docs"
 FORMULA = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
-REMOTE = re.compile(r'<script[^>]*\ssrc="https?:[^>]*></script>\s*|<link(?=[^>]*\srel="(?:stylesheet|preconnect)")[^>]*\shref="https?:[^>]*>\s*')
+REMOTE = re.compile(r'<script[^>]*\ssrc="https?:[^>]*></script>\s*|'
+                    r'<link(?=[^>]*\srel="(?:stylesheet|preconnect)")[^>]*\shref="https?:[^>]*>\s*')
 WEB_FONT = re.compile(r'@import *(?:url\((["\']?)https?:[^)]*\)|(["\'])https?:.*?\2);')
 NAME_LINK = re.compile(r'<a href="([^":#]+)#([^"]+)">(?=<code>)')
 FETCHED = re.compile(r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);')
@@ -29,13 +31,14 @@ LOADED = """index = await new Promise((done, failed) => {
 def stage():
     """Let nbdev prepare the notebooks in `_proc`, and finish its pages.
 
-    Its absolute links to this site become relative, so that they work anywhere, and `output-file`, which says nothing new and which
-    smalldocs doesn't know, goes.
+    Its absolute links to this site become relative, so that they work anywhere, and `output-file`, which says nothing
+    new and which smalldocs doesn't know, goes.
     """
     import nbformat
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:nbdev.processors"  # of cells that import and do more: see CONTRIBUTING.md
+    # of cells that import and do more: see CONTRIBUTING.md
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:nbdev.processors"
     proc_nbs(n_workers=2, force=True)
     cfg = get_config()
     home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
@@ -50,8 +53,9 @@ def stage():
 
 def open_in(cfg, name):
     "The line of links that opens the notebook of a page where it can be run."
-    return (f"[Run it in Colab](https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{name.as_posix()}){{.open-in}} "
-            f"[or in Binder](https://mybinder.org/v2/gh/{cfg.user}/{cfg.repo}/{cfg.branch}?labpath=nbs/{name.as_posix()}){{.open-in}}")
+    repo, page = f"{cfg.user}/{cfg.repo}", f"nbs/{name.as_posix()}"
+    return (f"[Run it in Colab](https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/{page}){{.open-in}} "
+            f"[or in Binder](https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={page}){{.open-in}}")
 
 
 def describe_figures(cells):
@@ -81,8 +85,10 @@ def render():
     "Render `_proc` into `_docs`."
     quarto = shutil.which("quarto")
     if not quarto and sys.version_info < (3, 11): sys.exit("The site needs Quarto, or Python 3.11 for smalldocs")
-    command = [quarto, "render", str(STAGE), "--no-cache"] if quarto else [str(Path(sys.executable).parent/"smalldocs"), "render", "-q", "--strict", str(STAGE)]
-    if quarto: use_mathml(STAGE/"_quarto.yml")
+    command = [str(Path(sys.executable).with_name("smalldocs")), "render", "-q", "--strict", str(STAGE)]
+    if quarto:
+        command = [quarto, "render", str(STAGE), "--no-cache"]
+        use_mathml(STAGE/"_quarto.yml")
     subprocess.run(command, check=True)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE/"_docs", SITE)
@@ -108,7 +114,7 @@ def bring_home():
 
 
 def link_names():
-    "Let the links that nbdev makes of names lead to the page where the name has no place of its own there, as private names and some methods."
+    "Let nbdev's links of names lead to the page where a name has no place of its own there, as some methods."
     ids = {path: Page(path).ids for path in SITE.resolve().rglob("*.html")}
     for path in ids:
         def place(link):
@@ -118,12 +124,13 @@ def link_names():
 
 
 def search_without_server():
-    "Let smalldocs' search read its index from a script: a page that was opened as a file may load scripts, but may not fetch."
+    "Let smalldocs' search read its index from a script: a page opened as a file may load scripts, but may not fetch."
     script = SITE/"site_libs/smalldocs.js"
     text, n = FETCHED.subn(LOADED, script.read_text(encoding="utf-8"))
     if n != 1: raise ValueError("smalldocs.js loads its index in a way that is not known here")
     script.write_text(text, encoding="utf-8")
-    (SITE/"search.js").write_text("window.searchIndex = " + (SITE/"search.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (SITE/"search.js").write_text("window.searchIndex = " + (SITE/"search.json").read_text(encoding="utf-8"),
+                                  encoding="utf-8")
 
 
 def build():
@@ -158,7 +165,8 @@ def problems():
             if to.scheme or to.netloc:
                 if url in page.loads and to.scheme != "data": found.append(f"{name} loads {url} from another host")
                 continue
-            there = (SITE/unquote(to.path).removeprefix(top).lstrip("/") if to.path.startswith("/") else path.parent/unquote(to.path)).resolve() if to.path else path
+            there = (SITE/unquote(to.path).removeprefix(top).lstrip("/") if to.path.startswith("/")
+                     else path.parent/unquote(to.path)).resolve() if to.path else path
             if there.is_dir(): there = there/"index.html"
             if not there.exists(): found.append(f"{name} links to {url}, which does not exist")
             elif to.fragment and there in pages and unquote(to.fragment) not in pages[there].ids:
@@ -190,7 +198,9 @@ def check():
 
 def serve(port=8000):
     "Build, serve on this machine, and build again whenever a source changes."
-    def state(): return max(f.stat().st_mtime for f in [*(ROOT/"nbs").rglob("*"), *ROOT.glob("*.md"), ROOT/"_quarto.yml"] if f.is_file())
+    def state():
+        sources = [*(ROOT/"nbs").rglob("*"), *ROOT.glob("*.md"), ROOT/"_quarto.yml"]
+        return max(f.stat().st_mtime for f in sources if f.is_file())
     build()
     server = ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=SITE))
     Thread(target=server.serve_forever, daemon=True).start()

@@ -1,8 +1,9 @@
-"""Time and memory of one case, each in a process of its own: `python tools/measure.py CASE [name=value ...]` prints one line of JSON.
+"""Time and memory of one case, each in a process of its own: `python tools/measure.py CASE [name=value ...]`.
 
-Memory is the growth of the largest resident size in one run. It takes a fresh process, because what an earlier case touched and freed would hide
-what a later one needs; and one that gives freed memory back at once. Time is measured in another, whose heap has grown as that of any program that has
-loaded data. `python tools/measure.py` lists the cases; the benchmark notebooks call this through `measure`.
+It prints one line of JSON; without words it lists the cases. The benchmark notebooks call it through `measure`.
+Memory is the growth of the largest resident size in one run. It takes a fresh process, because what an earlier case
+touched and freed would hide what a later one needs; and one that gives freed memory back at once. Time is measured in
+another, whose heap has grown as that of any program that has loaded data.
 """
 import json
 import os
@@ -17,7 +18,8 @@ def embeddings(rows, dim, M, requires_grad=True, target=None, candidates=None):
     import torch
     from gated_symile import generator, unit
     sizes = [candidates if m == target else rows for m in range(M)]
-    return [unit(torch.randn(n, dim, generator=generator(m))).requires_grad_(requires_grad) for m, n in enumerate(sizes)]
+    return [unit(torch.randn(n, dim, generator=generator(m))).requires_grad_(requires_grad)
+            for m, n in enumerate(sizes)]
 
 
 def step(objective, e, loss=None):
@@ -42,7 +44,7 @@ def symile(B=128, D=256, M=3, negatives="candidates"):
 
 
 def gated(B=128, D=256, M=3, compile=False, factorised=None):
-    "Gated Symile's loss and gradients; factorised: which form to take whatever M, the factorised one or the definition in pieces"
+    "Gated Symile's loss and gradients; factorised: which form to take whatever M, that one or the definition in pieces"
     import gated_symile.gate
     if factorised is not None: gated_symile.gate.factorised_pays = lambda *sizes: factorised
     return step(gated_objective(M, D, compile), embeddings(B, D, M))
@@ -101,12 +103,14 @@ def one(case, what, seconds=1., threads=2, **options):
     torch.set_num_threads(int(threads))
     if what == "memory":
         small = {"B": 16} | ({"N": 1000} if case == "search" else {})
-        CASES[case](**options | ({} if options.get("compile") else small))()                             # what torch, or its compiler, needs once
+        # what torch, or its compiler, needs once
+        CASES[case](**options | ({} if options.get("compile") else small))()
         run, before = CASES[case](**options), peak(reset=True)
         run()
         return dict(MiB=peak() - before)
     from torch.utils.benchmark import Timer
-    torch.empty(7 * 2**20).fill_(0)                                                # freed at once: from now on the heap keeps what is freed
+    # freed at once: from now on the heap keeps what is freed
+    torch.empty(7 * 2**20).fill_(0)
     run = CASES[case](**options)
     run()
     times = Timer("run()", globals={"run": run}, num_threads=int(threads)).blocked_autorange(min_run_time=seconds)
@@ -117,7 +121,8 @@ def measure(case, memory=True, **options):
     "Time and memory of one case, as a dict."
     found = dict(case=case, **{k: v for k, v in options.items() if k not in ("seconds", "threads")})
     for what in ("time", "memory")[:1 + memory]:
-        words = [sys.executable, str(Path(__file__).resolve()), case, f"what={what}", *(f"{k}={json.dumps(v)}" for k, v in options.items())]
+        words = [sys.executable, str(Path(__file__).resolve()), case, f"what={what}",
+                 *(f"{k}={json.dumps(v)}" for k, v in options.items())]
         thrifty = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if what == "memory" else {}
         done = subprocess.run(words, capture_output=True, text=True, env=os.environ | thrifty)
         if done.returncode: raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-2000:]}")
@@ -131,6 +136,7 @@ def value(text):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in CASES: sys.exit(__doc__ + "\n" + "\n".join(f"  {n:12} {f.__doc__}" for n, f in CASES.items()))
+    if len(sys.argv) < 2 or sys.argv[1] not in CASES:
+        sys.exit(__doc__ + "\n" + "\n".join(f"  {n:12} {f.__doc__}" for n, f in CASES.items()))
     options = {"what": "time"} | {k: value(v) for k, v in (w.split("=", 1) for w in sys.argv[2:])}
     print(json.dumps(one(sys.argv[1], **options)))

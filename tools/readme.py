@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, with the outputs saved in it: `python tools/readme.py [--check]`.
 
-Figures go to nbs/images/index_*; links are made relative to the top of the repository. `--check` writes nothing and exits with 1
-if README.md or a figure is not what the notebook gives.
+Figures go to nbs/images/index_*; links are made relative to the top of the repository. `--check` writes nothing and
+exits with 1 if README.md or a figure is not what the notebook gives.
 """
 import argparse, os, re, sys
 from pathlib import Path
@@ -11,13 +11,14 @@ FIGURES = Path("nbs/images")
 NOTE = "<!-- Made from nbs/index.ipynb by `make notebooks`: edit that, not this. -->\n\n"
 HOME = "https://github.com/gated-symile/gated_symile"
 BADGES = " ".join(f"[![{name}]({HOME}/actions/workflows/{name}.yaml/badge.svg)]({to})" for name, to in
-                  [("test", f"{HOME}/actions/workflows/test.yaml"), ("docs", "https://gated-symile.github.io/gated_symile")])
+                  [("test", f"{HOME}/actions/workflows/test.yaml"),
+                   ("docs", "https://gated-symile.github.io/gated_symile")])
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z][a-z0-9+.-]*:|#|/|nbs/)', re.I)
 OPTION = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.M)
 
 
 def shown(cell):
-    "The cell as a reader of the page should see it, or None: nbdev's and Quarto's `#|` options are obeyed and taken out."
+    "The cell as a reader of the page should see it, or None: nbdev's and Quarto's `#|` options obeyed and taken out."
     if cell.cell_type != "code": return cell
     options = dict(OPTION.findall(cell.source))
     if {"hide", "export", "exporti", "default_exp"} & options.keys() or options.get("include") == "false": return None
@@ -40,11 +41,16 @@ def readme():
     exporter = MarkdownExporter(config=Config(ExtractOutputPreprocessor=dict(output_filename_template=names)))
     text, resources = exporter.from_notebook_node(nb)
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.S)            # of pandas tables: GitHub would not use it
-    text = re.sub(r"```python\s*```\n*", "", text)                          # what is left of a cell whose code is not shown
-    text = re.sub(r"^[ \t]*!\[(?:png|svg|jpeg)\]\(", lambda m: f"![{alts.pop(0) if alts else 'Figure'}](", text, flags=re.M)
-    text = "".join(part if part.startswith("```") else LINK.sub(r"\1nbs/", part) for part in re.split(r"(```.*?```)", text, flags=re.S)) # code is no link
+    # what is left of a cell whose code is not shown
+    text = re.sub(r"```python\s*```\n*", "", text)
+    text = re.sub(r"^[ \t]*!\[(?:png|svg|jpeg)\]\(", lambda m: f"![{alts.pop(0) if alts else 'Figure'}](", text,
+                  flags=re.M)
+    # code is no link
+    text = "".join(part if part.startswith("```") else LINK.sub(r"\1nbs/", part)
+                   for part in re.split(r"(```.*?```)", text, flags=re.S))
     text = text.strip().replace("\n", f"\n\n{BADGES}\n", 1)                    # below the title
-    return NOTE + re.sub(r"\n\s*\n[ \t]*(?=\n)", "\n", text) + "\n", {Path(k): v for k, v in resources["outputs"].items()}
+    return NOTE + re.sub(r"\n\s*\n[ \t]*(?=\n)", "\n", text) + "\n", {Path(k): v
+                                                                      for k, v in resources["outputs"].items()}
 
 
 def main(check=False):

@@ -1,7 +1,8 @@
 """What a release gives to its users: `python tools/release.py [v0.1.0]`.
 
-Builds the source distribution, and of that the wheel, into `dist`. Installs the wheel into a fresh environment with the tested versions,
-and runs there, away from the repository, an import of every module and the example of README.md. A tag has to name the version.
+Builds the source distribution, and of that the wheel, into `dist`. Installs the wheel into a fresh environment with the
+tested versions, and runs there, away from the repository, an import of every module and the example of README.md. A tag
+has to name the version.
 """
 import argparse, os, re, shutil, subprocess, sys, tempfile, venv
 from configparser import ConfigParser
@@ -10,7 +11,9 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT/"dist"
-IMPORTS = "import gated_symile, pkgutil; [__import__(m.name) for m in pkgutil.walk_packages(gated_symile.__path__, 'gated_symile.')]; print(gated_symile.__file__)"
+IMPORTS = """import gated_symile, pkgutil
+for module in pkgutil.walk_packages(gated_symile.__path__, "gated_symile."): __import__(module.name)
+print(gated_symile.__file__)"""
 
 
 def example():
@@ -22,10 +25,12 @@ def example():
 def build():
     "The wheel, and that nothing but the package is in it."
     shutil.rmtree(DIST, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(DIST), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(DIST), str(ROOT)], check=True,
+                   stdout=subprocess.DEVNULL)
     wheel, = DIST.glob("*.whl")
     packed = {name for name in ZipFile(wheel).namelist() if name.startswith("gated_symile/")}
-    made = {p.relative_to(ROOT).as_posix() for p in (ROOT/"gated_symile").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    made = {p.relative_to(ROOT).as_posix() for p in (ROOT/"gated_symile").rglob("*") if p.is_file()
+            and "__pycache__" not in p.parts}
     if packed != made: raise ValueError(f"the wheel and gated_symile differ in {sorted(packed ^ made)}")
     return wheel
 
@@ -36,7 +41,8 @@ def try_out(wheel):
         venv.create(folder, with_pip=True)
         python = str(Path(folder)/("Scripts" if os.name == "nt" else "bin")/"python")
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        for command in (["-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel), "-c", str(ROOT/"constraints.txt")],
+        for command in (["-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel), "-c",
+                         str(ROOT/"constraints.txt")],
                         ["-m", "pip", "check"], ["-c", IMPORTS], ["-c", example() + "\nprint(found)"]):
             subprocess.run([python, *command], cwd=folder, env=env, check=True)
 
@@ -44,7 +50,8 @@ def try_out(wheel):
 def main(tag=None):
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
-    if tag not in (None, f"v{config['DEFAULT']['version']}"): return f"the tag {tag} is not v{config['DEFAULT']['version']}, the version in settings.ini"
+    if tag not in (None, f"v{config['DEFAULT']['version']}"):
+        return f"the tag {tag} is not v{config['DEFAULT']['version']}, the version in settings.ini"
     wheel = build()
     try_out(wheel)
     print(f"{wheel.name} works in a fresh environment")

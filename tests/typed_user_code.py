@@ -1,0 +1,132 @@
+"What a user writes, with types: mypy finds no error in it, and it runs (`test_types.py`)."
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gated_symile import (
+    GRAM, MLP, TRIANGLE, Bank, GatedSymile, ModalityGate, MultimodalDataset, MultimodalModel, PairwiseCLIP, Ranks,
+    SubsetSymile,
+    Symile, accuracy_by_corruption, audit, encode_bank, fit, generator, info_nce, load_bank, mip, rank_dataset,
+    rank_true, retrieve,
+    save_bank, synthetic_xnor, top_k, unit, verdict,
+)
+from gated_symile.model import read_about
+from gated_symile.objectives.base import Objective, make_objective, register, registered
+from gated_symile.statistics import bootstrap_interval, metrics
+
+DIM, NAMES = 16, ["A", "B", "C"]
+
+
+@register
+class Softest(Objective):
+    "An objective of one's own: a soft maximum of the dot products with the queries."
+    def __init__(self, log_scale: float = 0., softness: float = 0.5) -> None:
+        super().__init__(log_scale)
+        self.softness = softness
+
+    def _score(self, embeddings: list[Tensor], target: int, present: Tensor | None) -> Tensor:
+        pairs = [e @ embeddings[target].T for m, e in enumerate(embeddings) if m != target]
+        return self.softness * torch.stack(pairs).div(self.softness).logsumexp(0)
+
+
+class Small(nn.Module):
+    "An encoder of one's own."
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, DIM)
+
+    def forward(self, x: Tensor) -> Tensor: return self.linear(x)
+
+
+def make(data: MultimodalDataset, objective: Objective) -> MultimodalModel:
+    encoders = {name: MLP(x.shape[1], dim=DIM) for name, x in data.modalities.items()}
+    return MultimodalModel(encoders, objective, standardise=False)
+
+
+def train(model: MultimodalModel, first: MultimodalDataset, valid: MultimodalDataset) -> float:
+    lines: list[dict] = []
+    history = fit(model, first, valid, target="A", epochs=2, batch_size=64, progress=False, callbacks=[lines.append],
+                  optimiser=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3))
+    assert len(lines) == len(history)
+    batches = [({name: x[rows] for name, x in first.modalities.items()}, None)
+               for rows in torch.arange(len(first)).split(64)]
+    history = fit(model, batches, valid, target="A", epochs=1, progress=False)
+    best: float = history["valid_mrr"].max()
+    return best
+
+
+def judge(model: MultimodalModel, test: MultimodalDataset) -> str:
+    ranks, rows = rank_dataset(model, test, target="A")
+    top: Tensor = ranks.top(1)
+    rank: Tensor = ranks.rank()
+    reciprocal: Tensor = ranks.reciprocal()
+    some: Ranks = ranks[rank < 3]
+    low, high = bootstrap_interval(top)
+    assert 0 <= low <= high <= 1 and len(some) <= len(ranks) and len(reciprocal) == len(rows)
+    assert test.corrupted is not None
+    print(metrics(ranks, ks=(1, 5)), accuracy_by_corruption(ranks, test.corrupted[rows], test.names))
+    said: str = verdict(audit(model, test, target="A"))
+    return said
+
+
+def keep(model: MultimodalModel, test: MultimodalDataset, folder: Path) -> list[str]:
+    model.save(folder/"model.safetensors", about={"by": "me"})
+    again = MultimodalModel.load(folder/"model.safetensors")
+    about: dict = read_about(folder/"model.safetensors")
+    embeddings: list[Tensor] = again.embed(test)
+    one: Tensor = again.encode_modality("A", test.modalities["A"])
+    assert about["by"] == "me" and torch.equal(one.detach(), embeddings[0])
+    bank: Bank = encode_bank(again, test, "A")
+    save_bank(again, test, "A", folder/"bank.npy")
+    queries = test.select(["B", "C"])[:3]
+    answer = retrieve(again, queries, load_bank(folder/"bank.npy"), target="A", k=2)
+    loss: Tensor = again.loss(test.modalities, test.present)
+    scores: Tensor = again.score(embeddings, 0)
+    assert loss.isfinite() and scores.shape == (len(test), len(test)) and len(bank) == len(test)
+    values, found = top_k(again.objective, embeddings, target=0, k=2, progress=False)
+    assert found.shape == values.shape
+    return [str(candidate) for candidate in answer["candidate"]]
+
+
+def gates() -> list[Objective]:
+    gate = ModalityGate(3, dim=DIM, weighting="sigmoid", null=True, strength=2.)
+    strength: Tensor = gate.strength()
+    temperature: Tensor = gate.temperature()
+    objective = GatedSymile(gate, log_scale=2.)
+    embeddings = [unit(torch.randn(5, DIM, generator=generator(m))) for m in range(3)]
+    weights, null = objective.weights(embeddings, 0)
+    by_gate, _ = objective.gate.weights(embeddings, 0)
+    assert weights.shape == by_gate.shape == (5, 5, 2) and null.shape == (5, 5)
+    assert strength.dim() == temperature.dim() == 0
+    settings: dict = objective.settings()
+    return [objective, make_objective("GatedSymile", 3, DIM, strength=settings["strength"])]
+
+
+def loop(x: Tensor, y: Tensor, z: Tensor, present: Tensor | None = None) -> Tensor:
+    "Embeddings of one's own in a plain loop."
+    encoders = nn.ModuleList([Small(x.shape[1]), Small(y.shape[1]), Small(z.shape[1])])
+    objective = Symile("all", log_scale=1.)
+    optimiser = torch.optim.Adam([*encoders.parameters(), *objective.parameters()])
+    for _ in range(2):
+        embeddings = [unit(encoder(rows)) for encoder, rows in zip(encoders, (x, y, z))]
+        loss: Tensor = objective(embeddings, present)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    score: Tensor = objective.score([e.detach() for e in embeddings], 0, present)
+    product: Tensor = mip(embeddings)
+    assert len(product) == len(x) and info_nce(score).isfinite()
+    return rank_true(objective.score, [e.detach() for e in embeddings], 0).rank()
+
+
+def main(folder: Path) -> None:
+    data = synthetic_xnor(300, p=0.5, dim=64, generator=generator(0))
+    first, valid, test = data.split((.6, .2, .2), generator(0))
+    for objective in [*gates(), Softest(softness=0.3), PairwiseCLIP(), GRAM(), TRIANGLE(), SubsetSymile()]:
+        assert make(data, objective).loss(first[:9]).isfinite()
+    model = make(data, Softest())
+    assert 0 < train(model, first, valid) <= 1
+    assert judge(model, test).startswith("-")
+    assert len(keep(model, test, folder)) == 6
+    assert len(loop(*first.modalities.values())) == len(first) and "Softest" in registered()
