@@ -83,7 +83,7 @@ def full_precision(
     x:Tensor, # any tensor of the computation; only its device matters
 ) -> torch.autocast: # a context manager
     "A region without autocast, for sums and products that lose too much in half precision."
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 def upcast(
     x:Tensor, # any floating tensor
@@ -92,8 +92,6 @@ def upcast(
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../nbs/api/core.ipynb #5884cacc
-_SHRINK = {torch.float32: 2.**-80, torch.float64: 2.**-528} # no square overflows then, and no length falls below EPS
-
 class _Unit(torch.autograd.Function):
     "Vectors over their lengths, and these lengths."
     generate_vmap_rule = True
@@ -101,7 +99,8 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        shrink = torch.ones_like(length).masked_fill_(length.isinf(), _SHRINK[x.dtype])
+        small = 2.**-528 if x.dtype == torch.float64 else 2.**-80              # no square overflows, no length falls below EPS
+        shrink = torch.ones_like(length).masked_fill_(length.isinf(), small)
         y = x * shrink
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS)
         return y.div_(length), length.div_(shrink)
