@@ -99,6 +99,8 @@ def _in_blocks(of_rows, *inputs):
 
 class _GatedScores(torch.autograd.Function):
     "Weights `(T, M-1, B, N)`, which the backward pass needs, and scores `(T, B, N)`."
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weighting, *inputs):
         return _in_blocks(lambda *block: (_scores(weighting, *block), ()), *inputs)
