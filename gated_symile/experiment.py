@@ -37,7 +37,7 @@ from .data.tabular import load_tabular
 from .data.xnor import synthetic_xnor
 from .encoders import MLP
 from .fragility import _check_own_names, accuracy_by_corruption, gate_by_corruption
-from .gate import ModalityGate
+from .gate.gate import ModalityGate
 from .objectives.clip import PairwiseCLIP
 from .objectives.gated import GatedSymile
 from .objectives.gram import GRAM

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings, strategies as st
 from gated_symile.core import DtypeError, RangeError, generator, unit
 import gated_symile.gate as gates
 import gated_symile.objectives.gated
-from gated_symile.gate import ModalityGate, PLAIN
+from gated_symile.gate.gate import ModalityGate, PLAIN
 from gated_symile.product import dvs
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
@@ -240,7 +240,7 @@ def test_many_modalities_neither_overflow_nor_lose_the_ranking():
 def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M, monkeypatch):
     "Half closed, all of them have length 0; from M = 5 on, the product of their squares at `EPS` is 0 in float32."
     monkeypatch.setattr(gates, "factorised_pays", lambda *sizes: True)
-    gate = ModalityGate(M, 8, kind="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
+    gate = ModalityGate(M, 8, fit="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
     e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_() for m, n in enumerate(gate.neutral().detach())]
     assert written_out(gate, e, 0, None).abs().max() == 0
     scores = gate.scores(e, 0)
@@ -283,7 +283,7 @@ def test_settings_at_their_bounds():
 
 
 def test_a_gate_says_how_it_was_made():
-    said = repr(ModalityGate(3, 8, kind="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
+    said = repr(ModalityGate(3, 8, fit="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
     for setting in ("kind='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False", "strength=-1.0", "temperature=0.3"):
         assert setting in said, (setting, said)
 
