@@ -9,7 +9,7 @@ __all__ = ['NEUTRALS', 'NeutralDirections']
 import torch
 from torch import nn, Tensor
 
-from .core import check_name, unit
+from .core import check_name, unit, upcast
 
 # %% ../nbs/api/neutral.ipynb #5243b741
 def _ones(n_modalities, dim, generator): return torch.full((n_modalities, dim), dim**-0.5)
@@ -35,6 +35,6 @@ class NeutralDirections(nn.Module):
 
     def stand_in(self) -> Tensor: # `(M, D)`, unit rows
         "What replaces a missing modality: its neutral direction, or, where there is none, all ones, which change nothing."
-        return torch.full_like(self.directions, self.directions.shape[1]**-0.5) if self.kind == "none" else self()
+        return torch.full_like(upcast(self.directions), self.directions.shape[1]**-0.5) if self.kind == "none" else self()
 
     def extra_repr(self): return f"{self.kind}, n_modalities={len(self.directions)}, dim={self.directions.shape[1]}"

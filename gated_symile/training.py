@@ -21,7 +21,7 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 from .core import (check_name, check_range, check_whole, generator, DtypeError, GatedSymileError,
                                MissingError, NonFiniteError, UnknownNameError)
 from .data.dataset import MultimodalDataset
-from .gate import ModalityGate
+from .gate.gate import ModalityGate
 from .model import evaluating, MultimodalModel
 from .search import keep_rows, rank_in_banks, ranking_rows, score_of, teaching_rows
 

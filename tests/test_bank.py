@@ -18,7 +18,7 @@ from gated_symile.data.corruption import Missing, corrupt
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile

@@ -17,7 +17,7 @@ from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
 from gated_symile.fragility import (accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption,
                                     moved_by_corruption)
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.model import MultimodalModel, evaluating
 from gated_symile.objectives.base import Objective
 from gated_symile.product import mip_scores
@@ -468,7 +468,7 @@ def test_a_gate_set_by_hand_names_what_was_corrupted():
         gate.fit.null_bias.fill_(0.25)
     table = detection(bare(GatedSymile(gate)), data, "A")
     assert table.modality.tolist() == ["B", "C"] and table.auroc.min() > 0.9
-    blind = detection(bare(GatedSymile(ModalityGate(3, 64, kind="matrix"))), data, "A")
+    blind = detection(bare(GatedSymile(ModalityGate(3, 64, fit="matrix"))), data, "A")
     assert blind[["auroc", "low", "high"]].eq(0.5).all().all()
 
 

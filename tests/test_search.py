@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gated_symile.core import DtypeError, MissingError, NonFiniteError, ShapeError, generator, unit
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.objectives.base import Objective
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
@@ -293,7 +293,7 @@ def test_a_search_stays_within_its_memory(objective, search):
     code = f"""if True:
         import torch
         from gated_symile.core import unit
-        from gated_symile.gate import ModalityGate
+        from gated_symile.gate.gate import ModalityGate
         from gated_symile.objectives.gated import GatedSymile
         from gated_symile.objectives.symile import Symile
         from gated_symile.search import rank_true, top_k

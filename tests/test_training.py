@@ -16,7 +16,7 @@ from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingE
                                generator)
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.encoders import MLP
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
