@@ -42,7 +42,7 @@ def test_the_api_shows_signature_comments_and_docstring():
 
 
 def test_formulas_are_drawn_without_a_script():
-    page = text("api/mip.html")
+    page = text("api/product.html")
     assert '<math xmlns="http://www.w3.org/1998/Math/MathML"' in page
     assert not re.search(r'class="math|katex|mathjax', page, re.I)
 
@@ -58,8 +58,8 @@ def test_a_tutorial_runs_elsewhere(path):
 
 
 def test_public_names_link_to_their_source():
-    page = text("api/mip.html")
-    assert all(re.search(rf'href="[^"]*/blob/main/gated_symile/mip\.py#L{inspect.getsourcelines(f)[1]}"', page)
+    page = text("api/product.html")
+    assert all(re.search(rf'href="[^"]*/blob/main/gated_symile/product\.py#L{inspect.getsourcelines(f)[1]}"', page)
                for f in (gated_symile.mip_scores, gated_symile.dvs))
 
 
