@@ -6,12 +6,13 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
-           'query_subsets', 'SubsetSymile', 'MultimodalDataset', 'Standardiser', 'corrupt', 'corrupt_one', 'Flip',
-           'Gaussian', 'Missing', 'Swap', 'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval',
-           'encode_bank', 'load_bank', 'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k',
-           'Bank', 'Ranks', 'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection',
-           'verdict', 'fit', 'rank_dataset', 'MultimodalModel', 'read_about']
+           'NeutralDirections', 'ModalityGate', 'Objective', 'make_objective', 'register', 'registered', 'PairwiseCLIP',
+           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'MultimodalDataset',
+           'Standardiser', 'corrupted_splits', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap',
+           'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval', 'encode_bank', 'load_bank',
+           'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k', 'Bank', 'Ranks',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'fit',
+           'rank_dataset', 'MultimodalModel', 'read_about']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -20,6 +21,7 @@ from .product import dvs, mip, mip_scores
 from .contrastive import info_nce, LogitScale
 from .neutral import NeutralDirections
 from .gate.gate import ModalityGate
+from .objectives.base import make_objective, register, registered, Objective
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile
 from .objectives.gram import GRAM
@@ -28,6 +30,7 @@ from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
 from .data.dataset import MultimodalDataset
 from .data.corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
+from .data.splits import corrupted_splits
 from .data.xnor import synthetic_xnor
 from .data.mfeat import mfeat
 from .data.tabular import load_tabular
@@ -43,8 +46,9 @@ from .auditing import audit, audit_score, detection, verdict
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
-         "LogitScale", "NeutralDirections", "ModalityGate", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
-         "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "Standardiser", "corrupt",
+         "LogitScale", "NeutralDirections", "ModalityGate", "Objective", "make_objective",
+         "register", "registered", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
+         "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "Standardiser", "corrupted_splits", "corrupt",
          "corrupt_one", "Flip", "Gaussian", "Missing", "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP",
          "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true",
          "retrieve", "top_k", "Bank", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score",
