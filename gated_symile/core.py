@@ -77,7 +77,8 @@ def check_whole(
     return int(check_range(argument, value, low, high))
 
 # %% ../nbs/api/core.ipynb #b551eb49
-EPS = 1e-6 # vectors shorter than this have no direction: they are scaled by `1/EPS` instead of `1/length`
+def _eps(): return 1e-6 # a literal: `torch.compile` takes a global number for something that may change
+EPS = _eps() # vectors shorter than this have no direction: they are scaled by `1/EPS` instead of `1/length`
 
 def full_precision(
     x:Tensor, # any tensor of the computation; only its device matters
@@ -99,10 +100,10 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        small = 2.**-528 if x.dtype == torch.float64 else 2.**-80              # no square overflows, no length falls below EPS
+        small = 2.**-528 if x.dtype == torch.float64 else 2.**-80 # no square overflows, no length falls below EPS
         shrink = torch.ones_like(length).masked_fill_(length.isinf(), small)
         y = x * shrink
-        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(_eps())
         return y.div_(length), length.div_(shrink)
 
     @staticmethod
@@ -114,7 +115,7 @@ class _Unit(torch.autograd.Function):
         y, length = ctx.saved_tensors
         along = torch.zeros_like(length) if g is None else torch.linalg.vecdot(g, y).unsqueeze(-1)
         if g_length is not None: along = along - g_length * length
-        along = along.masked_fill(length <= EPS, 0.)
+        along = along.masked_fill(length <= _eps(), 0.)
         return torch.addcmul(torch.zeros_like(y) if g is None else g, y, along, value=-1).div_(length)
 
 # %% ../nbs/api/core.ipynb #eb2f4cfe

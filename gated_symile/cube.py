@@ -50,7 +50,7 @@ def _axis_log_sums(scores, shift, space):
     return sums.sum(1).log(), sums.sum(0).log(), scores.sum((0, 1)).log()
 
 def _log_sums(x, y, z, shift=None, kept=()):
-    "Log-sum-exp of the cube over all axes but each; with a shift, less that, and the first exponentials are `kept`."
+    "Log-sum-exp of the cube over all axes but each; with a shift, less that, and first exponentials are `kept`."
     parts = []
     for here, xy, scores, space, _ in _slabs(x, y, z):
         parts.append(_axis_log_sums(_scores(xy, z, kept[here] if here.stop <= len(kept) else scores), shift, space))
@@ -72,10 +72,10 @@ def _own_gradient(scores, anchors, out, space):
     return out
 
 # %% ../nbs/api/cube.ipynb #98056a3a
-def _kept(x, y, z):
-    "Room for the first exponentials."
-    rows = torch.sym_min(x.shape[0], KEPT // (y.shape[0] * z.shape[0]))
-    return x.new_empty(rows, y.shape[0], z.shape[0])
+def _as_rows(kept, x, y, z):
+    "Room for exponentials, as the first rows of the cube."
+    rows, line = min(len(x), len(kept) // (len(y) * len(z))), (len(y), len(z))
+    return kept[:rows * line[0] * line[1]].view(rows, *line)
 
 @torch.library.custom_op("gated_symile::cube_log_sums", mutates_args=())
 def cube_log_sums(
@@ -84,13 +84,15 @@ def cube_log_sums(
     z:Tensor, # `(C, D)`
 ) -> list[Tensor]: # log-sums `(P,)`, `(B,)`, `(C,)`, less the shift; the shift `(1,)`, whether it did, and what is kept
     "Log-sum-exp of the cube over all axes but each, and what the gradient needs."
-    shift, kept = _log_sums(x[:1], y, z)[0], _kept(x, y, z)
-    log_sums = _log_sums(x, y, z, shift, kept)
+    shift, kept = _log_sums(x[:1], y, z)[0], x.new_empty(KEPT)
+    log_sums = _log_sums(x, y, z, shift, _as_rows(kept, x, y, z))
     shared = torch.cat(log_sums).abs().max() < SAFE_SPREAD
     return [*log_sums, shift, shared, kept] if shared else [*_log_sums(x, y, z), torch.zeros_like(shift), shared, kept]
 
 @cube_log_sums.register_fake
-def _(x, y, z): return [*(e.new_empty(e.shape[0]) for e in (x, y, z)), x.new_empty(1), x.new_empty((), dtype=torch.bool), _kept(x, y, z)]
+def _(x, y, z):
+    shared = x.new_empty((), dtype=torch.bool)
+    return [*(e.new_empty(e.shape[0]) for e in (x, y, z)), x.new_empty(1), shared, x.new_empty(KEPT)]
 
 # %% ../nbs/api/cube.ipynb #aae3512c
 @torch.library.custom_op("gated_symile::cube_slopes", mutates_args=())
@@ -102,10 +104,10 @@ def cube_slopes(
     "Derivatives of the loss by the three tensors the cube is made of."
     (v_x, v_y, v_z), (x, y, z), (l_x, l_y, l_z, shift, shared, kept) = slopes, xyz, found
     dx, dy, dz = (torch.zeros_like(e) for e in xyz)
-    n_kept = len(kept) if shared else 0
+    kept = _as_rows(kept, x, y, z) if shared else ()
     for here, xy, scores, g, space in _slabs(x, y, z):
         anchors = (l_x[here, None, None], v_x[here, None, None]), (l_y[:, None], v_y[:, None]), (l_z, v_z)
-        if here.stop <= n_kept: _shared_gradient(kept[here], anchors, g)
+        if here.stop <= len(kept): _shared_gradient(kept[here], anchors, g)
         elif shared: _shared_gradient(_exp(_scores(xy, z, scores), shift, scores), anchors, g)
         else: _own_gradient(_scores(xy, z, scores), anchors, g, space)
         g = g.flatten(0, 1)
@@ -153,7 +155,7 @@ def all_loss(
     present:Tensor|None=None, # bool `(B, M)`; absent rows of a modality all hold the same vector, and are no anchors
     generator:torch.Generator|None=None, # not used: nothing is random here
 ) -> Tensor: # a scalar
-    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives (Saporta et al. 2024); holds `(B**(M-2), D)` products."
+    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives (Saporta et al. 2024); holds `B**(M-2)` products."
     (B, D), M, counted = embeddings[0].shape, len(embeddings), contrasted(present)
     factors = [*embeddings[:-1], embeddings[-1] * (scale * dvs(M, D))]
     *first, y, z = weighted(factors, present)
