@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings, strategies as st
 
 from gated_symile.core import DtypeError, RangeError, generator, unit
 import gated_symile.gate.factorised as factorised
-import gated_symile.gate.gate as gates
 import gated_symile.objectives.gated
 from gated_symile.gate.gate import AUTHORS, authors_temperature, ModalityGate
 from gated_symile.product import dvs
@@ -181,9 +180,9 @@ def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
         patch.setattr(factorised, "BLOCK", few)
         check()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "MANY", 2)                                                # the definition
+        patch.setattr(factorised, "MANY", 2)                                                # the definition
         check()
-        patch.setattr(gates, "PIECE", 16 * few)                                        # in pieces, under a checkpoint
+        patch.setattr(factorised, "PIECE", 16 * few)                                        # in pieces, under a checkpoint
         check()
 
 

@@ -23,7 +23,7 @@ class Fit(Protocol):
     def ask(self,
         candidates:Tensor, # of T targets, `(T, N, D)`, unit rows
         targets:Tensor, # which modalities they are, indices `(T,)`
-    ) -> tuple[Tensor, Tensor|None]: # questions `(T, N, K)`, and logits of NULL `(T, N)` or `None`; N may be 1: all alike
+    ) -> tuple[Tensor, Tensor|None]: # questions `(T, N, K)`, logits of NULL `(T, N)` or `None`; N may be 1: all alike
         "What each candidate asks, and how much it speaks for none of them."
         ...
 
@@ -47,8 +47,9 @@ class AttentionFit(nn.Module):
         null:bool=True, # whether there is a NULL head
     ):
         super().__init__()
-        def projection(): return nn.Linear(dim, key_dim, bias=False).weight.detach()
-        self.query, self.key = (nn.Parameter(torch.stack([projection() for _ in range(n_modalities)])) for _ in range(2))
+        def projection(_): return nn.Linear(dim, key_dim, bias=False).weight.detach()
+        def projections(): return nn.Parameter(torch.stack([*map(projection, range(n_modalities))])) # (M, K, D)
+        self.query, self.key = projections(), projections()
         self.null_head = _null_head(dim, key_dim) if null else None
         self.null_bias = nn.Parameter(torch.zeros(n_modalities)) if null else None
 
@@ -140,4 +141,5 @@ class Weighting(NamedTuple):
     weights:Callable # `(fits, null) -> (weights, weight of NULL)`
     slopes:Callable # `(weights, null, derivatives by the weights) -> (derivatives by the fits, by NULL)`
 
-WEIGHTINGS = {"softmax": Weighting(softmax_weights, softmax_slopes), "sigmoid": Weighting(sigmoid_weights, sigmoid_slopes)}
+WEIGHTINGS = {"softmax": Weighting(softmax_weights, softmax_slopes),
+              "sigmoid": Weighting(sigmoid_weights, sigmoid_slopes)}

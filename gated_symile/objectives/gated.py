@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..contrastive import contrasted, mean_over_targets, valid_info_nce
-from ..gate.gate import Asks, ModalityGate, Queries
+from ..gate.factorised import Asks, Queries
+from ..gate.gate import ModalityGate
 from .base import Objective, register
 
 # %% ../../nbs/api/objectives/gated.ipynb #7d0f0a69
@@ -40,7 +41,7 @@ class _OneByOne(torch.autograd.Function):
         return None, *(upstream * grad for grad in ctx.saved_tensors)
 
 def accumulate(
-    losses:list[Callable[..., Tensor]], # functions of the shared tensors that give a scalar each, differentiable by nothing else
+    losses:list[Callable[..., Tensor]], # functions of the shared tensors, differentiable by nothing else: a scalar each
     *shared:Tensor, # floating tensors that they are computed from
 ) -> Tensor: # the sum, a scalar
     "Sum of losses of which only one at a time is in memory; can be differentiated once."
@@ -61,13 +62,16 @@ class GatedSymile(Objective):
         log_scale:float=0., # initial logarithm of the contrastive scale
     ):
         super().__init__(log_scale)
-        self.gate, self.logit_scale = gate, self._modules.pop("logit_scale")       # the gate first: clipping adds up gradients in this order
+        self.gate, self.logit_scale = gate, self._modules.pop("logit_scale") # this order: clipping adds gradients in it
 
     @classmethod
-    def options(cls): return {n: d for c in (cls, ModalityGate) for n, d in Objective.options.__func__(c).items() if n != "gate"}
+    def options(cls): # those of the gate as well
+        found = [Objective.options.__func__(c) for c in (cls, ModalityGate)]
+        return {name: default for options in found for name, default in options.items() if name != "gate"}
 
     @classmethod
-    def make(cls, n_modalities, dim, log_scale=0., **gate): return cls(ModalityGate(n_modalities, dim, **gate), log_scale)
+    def make(cls, n_modalities, dim, log_scale=0., **gate):
+        return cls(ModalityGate(n_modalities, dim, **gate), log_scale)
 
     def settings(self): return {"log_scale": self.log_scale, **self.gate.settings()}
 
@@ -85,7 +89,8 @@ class GatedSymile(Objective):
             return mean_over_targets(lambda t: logits[t], M, present)
         counted, total = contrasted(present), M if present is None else (present.sum(0) > 1).sum()
         def loss(t, scale, *parts): # of queries what is differentiable, then of asks
-            logits = self.gate.batch_scores(Queries(*parts[:-len(asks)], queries.here), Asks(*parts[-len(asks):]), t, scale)[0]
+            rows, candidates = Queries(*parts[:-len(asks)], queries.here), Asks(*parts[-len(asks):])
+            logits, = self.gate.batch_scores(rows, candidates, t, scale)
             one = valid_info_nce(logits, None if present is None else present[:, t])
             return (one if counted is None else one.masked_fill(~counted[t], 0)) / total
         return accumulate([partial(loss, t) for t in range(M)], self.logit_scale(), *queries[:-1], *asks)
