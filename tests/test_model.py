@@ -87,7 +87,8 @@ def test_rows_that_come_later_need_no_company():
     "Bit for bit, whatever their number."
     model, data = make(), mfeat(VIEWS)
     model.standardiser.fit(data[:300])
-    for name, x in data.modalities.items(): assert same(model.standardiser(name, x).split(7), [model.standardiser(name, part) for part in x.split(7)])
+    for name, x in data.modalities.items():
+        assert same(model.standardiser(name, x).split(7), [model.standardiser(name, part) for part in x.split(7)])
 
 
 # Nothing that was standardised otherwise
@@ -99,14 +100,16 @@ def test_what_is_standardised_already_is_refused(name, by):
     train, test = data.split((0.7, 0.3), generator(0))
     how = Standardiser().fit(train)
     how.check(test)
-    with pytest.raises(DataError, match=f"{name!r}.*Give rows as they were read"): how.check(standardised(test, train if by == "the training rows" else None))
+    with pytest.raises(DataError, match=f"{name!r}.*Give rows as they were read"):
+        how.check(standardised(test, train if by == "the training rows" else None))
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.1, 10, 1e3])
 @pytest.mark.parametrize("name", MFEAT_VIEWS)
 def test_another_unit_is_refused(name, factor):
     train, test = mfeat(MFEAT_VIEWS).select(name).split((0.7, 0.3), generator(0))
-    with pytest.raises(DataError, match=f"{name!r}.*unit"): Standardiser().fit(train).check(MultimodalDataset({name: test.modalities[name] * factor}))
+    with pytest.raises(DataError, match=f"{name!r}.*unit"):
+        Standardiser().fit(train).check(MultimodalDataset({name: test.modalities[name] * factor}))
 
 
 @pytest.mark.parametrize("name", MFEAT_VIEWS)
@@ -117,7 +120,8 @@ def test_rows_of_one_kind_are_not_refused(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for digit in range(10): how.check(data[digits == digit])
-        for rows in torch.randperm(2000, generator=generator(0)).split(20): how.check(data[rows]); how.check(data[rows[:1]])
+        for rows in torch.randperm(2000, generator=generator(0)).split(20):
+            how.check(data[rows]); how.check(data[rows[:1]])
 
 
 @pytest.mark.parametrize("middle, spread, shift", [(1e5, 1., 0.9), (1e5, 1., 50), (40., 10., 3.), (0.3, 0.01, 0.005)])
@@ -175,12 +179,14 @@ def test_some_strange_columns_are_told():
         how.check(train[:1]); how.check(MultimodalDataset({"a": train.modalities["a"] + 4}))
     with pytest.warns(UserWarning, match=r"'a': 1 of 3 columns .* such as \['y'\].* is the unit the same"):
         how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, 0]])}))
-    with pytest.raises(DataError, match=r"'a': 2 of 3 columns .* such as \['y', 'z'\]"): how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, -20]])}))
+    with pytest.raises(DataError, match=r"'a': 2 of 3 columns .* such as \['y', 'z'\]"):
+        how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, -20]])}))
 
 
 def test_a_dict_of_other_widths_is_named(trained):
     model, test = trained
-    with pytest.raises(ShapeError, match="'fou' has 76 columns in train but 1 here"): model({**test.modalities, "fou": torch.ones(len(test), 1)})
+    with pytest.raises(ShapeError, match="'fou' has 76 columns in train but 1 here"):
+        model({**test.modalities, "fou": torch.ones(len(test), 1)})
 
 
 # Files
@@ -242,7 +248,8 @@ def test_no_two_names_become_one(names):
     assert model.standardiser.names == names
     again = MultimodalModel({name: nn.Identity() for name in names}, nn.Identity())
     again.load_state_dict(model.state_dict())
-    for name, x in data.modalities.items(): assert torch.equal(again.encode_modality(name, x), unit(model.standardiser(name, x)))
+    for name, x in data.modalities.items():
+        assert torch.equal(again.encode_modality(name, x), unit(model.standardiser(name, x)))
 
 
 def test_the_state_is_called_by_the_names():
@@ -277,7 +284,8 @@ def test_modalities_in_another_order_are_refused(tmp_path):
     for names in ("cba", "abd", "abcd", "ba"):
         with pytest.raises(DataError, match=r"modalities \['a', 'b', 'c'\] in the file, \['" + names[0]):
             MultimodalModel.load(path, {name: MLP(8, DIM, width=24) for name in names})
-    assert MultimodalModel.load(path, {"b": MLP(8, DIM, width=24)}).names == ["a", "b", "c"]  # some of them may be given
+    # some of them may be given
+    assert MultimodalModel.load(path, {"b": MLP(8, DIM, width=24)}).names == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("encoder, words", [
@@ -296,20 +304,24 @@ def test_other_encoders_are_refused(encoder, words, tmp_path):
 class Distance(nn.Module):
     "An objective that knows nothing of this library."
     def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.tensor(2.))
-    def score(self, embeddings, target, present=None): return -torch.cdist(sum(e for m, e in enumerate(embeddings) if m != target), embeddings[target])
+    def score(self, embeddings, target, present=None):
+        return -torch.cdist(sum(e for m, e in enumerate(embeddings) if m != target), embeddings[target])
     def forward(self, embeddings, present=None, generator=None):
         return nn.functional.cross_entropy(self.scale * self.score(embeddings, 0), torch.arange(len(embeddings[0])))
 
 
 def test_parts_of_ones_own_are_passed_in(tmp_path):
     data = mfeat(VIEWS)[::10]
-    def parts(): return {name: nn.Sequential(nn.Linear(x.shape[1], DIM), nn.BatchNorm1d(DIM)) for name, x in data.modalities.items()}
+    def parts():
+        return {name: nn.Sequential(nn.Linear(x.shape[1], DIM), nn.BatchNorm1d(DIM)) for name, x in data.modalities.items()}
     model, path = MultimodalModel(parts(), Distance()), tmp_path/"own.safetensors"
     fit(model, data, data, "pix", epochs=2, progress=False)
     model.save(path)
-    with pytest.raises(DataError, match="the encoder of 'pix', of class Sequential: pass a module of that class"): MultimodalModel.load(path)
+    with pytest.raises(DataError, match="the encoder of 'pix', of class Sequential: pass a module of that class"):
+        MultimodalModel.load(path)
     with pytest.raises(DataError, match="the objective, of class Distance: pass"): MultimodalModel.load(path, parts())
-    with pytest.raises(DataError, match="the objective is Distance in the file, Symile here"): MultimodalModel.load(path, parts(), make().objective)
+    with pytest.raises(DataError, match="the objective is Distance in the file, Symile here"):
+        MultimodalModel.load(path, parts(), make().objective)
     again = MultimodalModel.load(path, parts(), Distance())
     assert same(again.embed(data), model.embed(data)) and again.objective.scale == model.objective.scale
 
@@ -321,7 +333,8 @@ def test_shared_encoders_are_saved_too(tmp_path):
     model.save(tmp_path/"model.safetensors")
     own = MultimodalModel.load(tmp_path/"model.safetensors", parts())
     assert own.encoders["A"] is own.encoders["B"]
-    for again in (own, MultimodalModel.load(tmp_path/"model.safetensors")): assert same(again.state_dict(), model.state_dict())
+    for again in (own, MultimodalModel.load(tmp_path/"model.safetensors")):
+        assert same(again.state_dict(), model.state_dict())
 
 
 def test_numbers_and_paths_are_made_plain_before_anything_is_written(tmp_path):
@@ -416,6 +429,8 @@ def test_rows_of_any_shape_and_type():
 
 def test_present_is_a_bool_matrix():
     for use in (make(), make().loss):
-        with pytest.raises(DtypeError, match="present must be a bool tensor, got list"): use(mfeat(VIEWS)[:2], present=[[True]*3]*2)
-        with pytest.raises(ShapeError, match=r"present must have shape \(2, 3\)"): use(mfeat(VIEWS)[:2].modalities, present=torch.ones(3, 2, dtype=torch.bool))
+        with pytest.raises(DtypeError, match="present must be a bool tensor, got list"):
+            use(mfeat(VIEWS)[:2], present=[[True]*3]*2)
+        with pytest.raises(ShapeError, match=r"present must have shape \(2, 3\)"):
+            use(mfeat(VIEWS)[:2].modalities, present=torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(UnknownNameError, match="'pux' is unknown"): make().embed(mfeat(VIEWS), names=["pux"])

@@ -177,7 +177,8 @@ def test_holes_are_filled_and_told_once():
     holes.modalities["B"][:4, 2] = torch.arange(4.)
     with pytest.warns(UserWarning) as caught: history = fit(make(), holes, LATER, **QUICK)
     assert [str(w.message) for w in caught] == ["missing values filled with the training mean: B 156 of 1280"] and len(history) == 3
-    with pytest.raises(NonFiniteError, match="epoch 1, step 1: modality 'B' has NaN"): fit(make(standardise=False), holes, LATER, **QUICK)
+    with pytest.raises(NonFiniteError, match="epoch 1, step 1: modality 'B' has NaN"):
+        fit(make(standardise=False), holes, LATER, **QUICK)
 
 
 @pytest.mark.parametrize("part", ["train", "valid"])
@@ -186,7 +187,8 @@ def test_rows_standardised_by_hand_are_refused(part):
     fit(model, PATIENTS, LATER, **QUICK)
     before = weights(model)
     wrong = {part: MultimodalDataset({n: (x - x.mean(0)) / x.std(0) for n, x in (PATIENTS if part == "train" else LATER).modalities.items()})}
-    with pytest.raises(DataError, match=f"^{part}: 'A': .*Give rows as they were read"): fit(model, **{**dict(train=PATIENTS, valid=LATER), **QUICK, **wrong})
+    with pytest.raises(DataError, match=f"^{part}: 'A': .*Give rows as they were read"):
+        fit(model, **{**dict(train=PATIENTS, valid=LATER), **QUICK, **wrong})
     assert same(weights(model), before)
 
 
@@ -207,7 +209,8 @@ class Counts(PairwiseCLIP):
 
 def test_an_unlucky_batch_is_skipped_and_counted():
     model = MultimodalModel({name: nn.Linear(8, DIM) for name in "ABC"}, Counts())
-    with pytest.warns(UserWarning, match="batches skipped") as caught: history = fit(model, TWO_OF_THREE, VALID, **{**QUICK, "batch_size": 2})
+    with pytest.warns(UserWarning, match="batches skipped") as caught:
+        history = fit(model, TWO_OF_THREE, VALID, **{**QUICK, "batch_size": 2})
     losses = model.objective.losses
     skipped = sum(loss is None for loss, _ in losses)
     assert len(losses) == 72 and 20 < skipped < 60
@@ -236,7 +239,8 @@ def test_skipping_is_the_plain_loop_without_those_batches():
 
 def test_an_epoch_without_any_batch_is_an_error():
     model, before = make("PairwiseCLIP", standardise=False), weights(make("PairwiseCLIP", standardise=False))
-    with pytest.raises(MissingError, match=r"epoch 1: none of 1 batches can be used \(present: no pair of modalities"): fit(model, TWO_OF_THREE[:3], VALID, **QUICK)
+    with pytest.raises(MissingError, match=r"epoch 1: none of 1 batches can be used \(present: no pair of modalities"):
+        fit(model, TWO_OF_THREE[:3], VALID, **QUICK)
     assert same(weights(model), before)
 
 
@@ -389,7 +393,8 @@ def test_bad_input(change, error, message):
 
 
 def test_a_frozen_model_is_named():
-    with pytest.raises(MissingError, match="model: every parameter is frozen, so there is nothing to train"): fit(make().requires_grad_(False), TRAIN, VALID, **QUICK)
+    with pytest.raises(MissingError, match="model: every parameter is frozen, so there is nothing to train"):
+        fit(make().requires_grad_(False), TRAIN, VALID, **QUICK)
     only = make().requires_grad_(False)
     only.objective.requires_grad_(True)                                          # one number is enough
     assert fit(only, TRAIN, VALID, **QUICK)["log_scale"].nunique() > 1
@@ -446,8 +451,10 @@ def test_the_loader_of_torch():
 def test_a_batch_without_a_modality_is_named():
     model = make()
     model.standardiser.fit(TRAIN)
-    with pytest.raises(MissingError, match="none of 1 batches can be used .batch lacks 'C'; it has 'A', 'B'"): fit(model, [TRAIN.select(["A", "B"]).modalities], VALID, **QUICK)
-    with pytest.raises(DtypeError, match="a batch must be a dict of tensors, or with present, got Tensor"): fit(model, [torch.ones(2, 8)], VALID, **QUICK)
+    with pytest.raises(MissingError, match="none of 1 batches can be used .batch lacks 'C'; it has 'A', 'B'"):
+        fit(model, [TRAIN.select(["A", "B"]).modalities], VALID, **QUICK)
+    with pytest.raises(DtypeError, match="a batch must be a dict of tensors, or with present, got Tensor"):
+        fit(model, [torch.ones(2, 8)], VALID, **QUICK)
 
 
 def test_an_optimiser_of_ones_own():
@@ -473,7 +480,8 @@ def test_an_optimiser_with_two_sets_of_weights_is_switched():
 
 class Anything(nn.Module):
     "An objective that is any module with `forward` and `score`."
-    def score(self, embeddings, target, present=None): return sum(e for m, e in enumerate(embeddings) if m != target) @ embeddings[target].T
+    def score(self, embeddings, target, present=None):
+        return sum(e for m, e in enumerate(embeddings) if m != target) @ embeddings[target].T
     def forward(self, embeddings, present=None, generator=None):
         return nn.functional.cross_entropy(10 * self.score(embeddings, 0), torch.arange(len(embeddings[0])))
 
@@ -495,7 +503,8 @@ def test_statistics_of_batch_norm_are_those_of_the_weights_that_are_evaluated():
     for name, x in TRAIN.modalities.items():
         linear, norm, _ = model.encoders[name]
         before = linear(model.standardiser(name, x))
-        torch.testing.assert_close(norm.running_mean, before.mean(0), atol=1e-4, rtol=1e-4)  # batches of one size: the mean of their means
+        # batches of one size: the mean of their means
+        torch.testing.assert_close(norm.running_mean, before.mean(0), atol=1e-4, rtol=1e-4)
         assert norm.momentum == 0.1
     assert history["valid_top1"].max() > 0.5
     assert rank_dataset(model, VALID, "A")[0].top(1).mean().item() == history["valid_top1"].max()
