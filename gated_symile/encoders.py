@@ -18,7 +18,7 @@ def _block(in_features, width, norm, dropout):
     return [nn.Linear(in_features, width), *[nn.LayerNorm(width)]*norm, nn.GELU(), *[nn.Dropout(dropout)]*bool(dropout)]
 
 class MLP(nn.Module):
-    "A multilayer perceptron over `(rows, in_features)`; `RangeError` for a size below 1 or a share outside [0, 1], `DtypeError`."
+    "A multilayer perceptron; `RangeError` for a size below 1 or a share outside [0, 1], `DtypeError` for no number."
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -35,7 +35,8 @@ class MLP(nn.Module):
         self.input_dropout = float(check_range("input_dropout", input_dropout, 0, 1))
         widths = [self.in_features, *[self.width]*self.depth]
         blocks = [layer for a, b in zip(widths, widths[1:]) for layer in _block(a, b, self.norm, self.dropout)]
-        self.layers = nn.Sequential(*[nn.Dropout(self.input_dropout)]*bool(input_dropout), *blocks, nn.Linear(widths[-1], self.dim))
+        blanks = [nn.Dropout(self.input_dropout)]*bool(input_dropout)
+        self.layers = nn.Sequential(*blanks, *blocks, nn.Linear(widths[-1], self.dim))
 
     def forward(self,
         x:Tensor, # features `(rows, in_features)`, without NaN

@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'schedule_free', 'near_equal_batches', 'fit']
 # %% ../nbs/api/training.ipynb #1d9b64c0
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import pandas as pd
@@ -33,7 +33,7 @@ def schedule_free(
     weight_decay:float=0.01, # of the encoders
     warmup_steps:int=100, # the rate rises linearly over so many steps
 ) -> AdamWScheduleFree: # with betas (0.9, 0.95) and eps 1e-7, as in the reference
-    "Schedule-free AdamW for encoders, gate, and the rest of the objective (Gated Symile, appendix; Defazio et al. 2024)."
+    "Schedule-free AdamW for encoders, gate and the rest of the objective (Gated Symile; Defazio et al. 2024)."
     gate = [p for m in model.objective.modules() if isinstance(m, ModalityGate) for p in m.parameters()]
     gate_ids = {id(p) for p in gate}
     groups = [dict(params=list(model.encoders.parameters()), weight_decay=weight_decay),
@@ -49,7 +49,7 @@ def near_equal_batches(
     batch_size:int, # rows in a batch, at least 2; exceeded by one where a batch of a single row would be left
     generator:torch.Generator|None=None, # CPU generator of the shuffle
 ) -> list[Tensor]: # indices of each batch; sizes differ by 1 at most
-    "Shuffle the rows and cut them into near-equal batches; `RangeError` or `DtypeError` for numbers below 2 or fractions."
+    "Shuffle the rows and cut them into near-equal batches; `RangeError`, `DtypeError` for numbers below 2, fractions."
     rows, batch_size = check_whole("rows", rows, 2), check_whole("batch_size", batch_size, 2)
     n = max(1, min(-(-rows // batch_size), rows // 2))
     return list(torch.randperm(rows, generator=generator).tensor_split(n))
@@ -59,12 +59,13 @@ def _batches(train, batch_size, draws, device):
     "The batches of an epoch, on the device: rows by name, and `present`."
     if isinstance(train, MultimodalDataset):
         for rows in near_equal_batches(len(train), batch_size, draws):
-            rows = rows.to(train.device)
-            yield {name: x[rows] for name, x in train.modalities.items()}, None if train.present is None else train.present[rows]
+            rows, there = rows.to(train.device), train.present
+            yield {name: x[rows] for name, x in train.modalities.items()}, None if there is None else there[rows]
         return
     for batch in train:
         rows, present = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        if not isinstance(rows, dict): raise DtypeError(f"train: a batch must be a dict of tensors, or such a dict and present, got {type(rows).__name__}")
+        if not isinstance(rows, dict):
+            raise DtypeError(f"train: a batch must be a dict of tensors, or with present, got {type(rows).__name__}")
         yield {name: x.to(device) for name, x in rows.items()}, None if present is None else present.to(device)
 
 # %% ../nbs/api/training.ipynb #e490c4f0
@@ -85,7 +86,7 @@ def _train_step(model, batch, present, optimiser, draws, clip, autocast):
     return loss.item()
 
 def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
-    "One pass, in training mode; the mean loss of a row, how many batches, and why some were skipped. Errors say epoch and step."
+    "One pass: the mean loss of a row, how many batches, and why some were skipped. Errors say epoch and step."
     model.train(); _switch(optimiser, "train")
     total, used, step, skipped = 0., 0, 0, []
     for step, (batch, present) in enumerate(batches, 1):
@@ -93,12 +94,13 @@ def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
         try: total, used = total + n * _train_step(model, batch, present, optimiser, draws, clip, autocast), used + n
         except MissingError as error: skipped.append(str(error))
         except GatedSymileError as error: raise type(error)(f"epoch {epoch}, step {step}: {error}") from error
-    if not used: raise MissingError(f"epoch {epoch}: none of {step} batches can be used ({skipped[0] if skipped else 'there is none'})")
+    why = skipped[0] if skipped else "there is none"
+    if not used: raise MissingError(f"epoch {epoch}: none of {step} batches can be used ({why})")
     return total / used, step, skipped
 
 # %% ../nbs/api/training.ipynb #1df625ed
 def _refresh(model, batches, autocast):
-    "Running statistics of batch norms for the weights as they are: the mean over the batches. Nothing where there is none."
+    "Running statistics of batch norms for the weights as they are: the mean over the batches."
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
@@ -129,16 +131,18 @@ class _Best:
 
 def _watched(objective):
     "What is worth watching of an objective's own parameters, as far as it has them."
-    scale, gates = getattr(objective, "logit_scale", None), (m for m in objective.modules() if isinstance(m, ModalityGate))
-    watched, gate = {} if scale is None else {"log_scale": scale().log().item()}, next(gates, None)
-    return watched if gate is None else {**watched, "gate_strength": gate.strength().item(), "gate_temperature": gate.temperature().item()}
+    scale = getattr(objective, "logit_scale", None)
+    gate = next((m for m in objective.modules() if isinstance(m, ModalityGate)), None)
+    watched = {} if scale is None else {"log_scale": scale().log().item()}
+    if gate is None: return watched
+    return {**watched, "gate_strength": gate.strength().item(), "gate_temperature": gate.temperature().item()}
 
 # %% ../nbs/api/training.ipynb #5aa16f3d
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LOWEST_COUNT = dict(epochs=1, batch_size=2, warmup_steps=0, patience=1, bank_size=2, seed=0)
 
 def _check_settings(precision, optimiser, callbacks, **numbers):
-    "The border of `fit`: numbers within their ranges, whole where they count something; functions where functions are wanted."
+    "The border of `fit`: numbers in their ranges, whole where they count something; functions where they are wanted."
     check_name("precision", precision, PRECISIONS)
     for name, value in numbers.items():
         if value is None and name in ("patience", "bank_size", "gate_learning_rate"): continue
@@ -157,33 +161,35 @@ def _check_device(device):
 # %% ../nbs/api/training.ipynb #e5601d4c
 def _check_loader(model, train):
     "Batches of one's own: whether they can be gone through, and are understood."
-    if not isinstance(train, Iterable) or iter(train) is train:
-        raise DtypeError(f"train must be a dataset, or batches that can be gone through again and again, got {type(train).__name__}")
+    if not isinstance(train, Iterable) or isinstance(train, Iterator):
+        raise DtypeError("train must be a dataset, or batches that can be gone through again and again, "
+                         f"got {type(train).__name__}")
     if model.standardiser is not None and not model.standardiser.fitted:
-        raise MissingError("train: means and scales can't be learnt from batches: call model.standardiser.fit(rows) with rows to learn them from, "
-                           "or make the model with standardise=False")
+        raise MissingError("train: means and scales can't be learnt from batches: call model.standardiser.fit(rows) "
+                           "with rows to learn them from, or make the model with standardise=False")
 
-def _usable(model, train, valid, target, bank_size):
-    "The rows that can be used."
+def _usable(model, train, valid, target):
+    "The rows that can be used; batches of one's own as they are."
     check_name("target", target, model.names)
-    if not isinstance(valid, MultimodalDataset): raise DtypeError(f"valid must be a MultimodalDataset, got {type(valid).__name__}")
+    if not isinstance(valid, MultimodalDataset):
+        raise DtypeError(f"valid must be a MultimodalDataset, got {type(valid).__name__}")
+    valid = valid.select(model.names)
     if isinstance(train, MultimodalDataset):
         train = train.select(model.names)
         train = keep_rows(train, teaching_rows(train), 2, "train", "two modalities")
-        for name in train.names:
-            if (n := int(train.is_present(name).sum())) < 2: raise MissingError(f"train: {name!r} is present in {n} rows, at least 2 are needed")
+        rare = {name: n for name in train.names if (n := int(train.is_present(name).sum())) < 2}
+        for name, n in rare.items(): raise MissingError(f"train: {name!r} is present in {n} rows, at least 2 must be")
     else: _check_loader(model, train)
-    valid = valid.select(model.names)
-    valid = keep_rows(valid, ranking_rows(valid, target), 1, "valid", f"{target!r} or of any other modality")
-    if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
-    return train, valid
+    return train, keep_rows(valid, ranking_rows(valid, target), 1, "valid", f"{target!r} or of any other modality")
 
 def _prepare(model, train, valid, target, bank_size, device):
     "Usable rows and the model on the device; means and scales known, and everything understood."
-    train, valid = _usable(model, train, valid, target, bank_size)
-    if not any(p.requires_grad for p in model.parameters()): raise MissingError("model: every parameter is frozen, so there is nothing to train")
+    train, valid = _usable(model, train, valid, target)
+    if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise MissingError("model: every parameter is frozen, so there is nothing to train")
+    known = {"train": train, "valid": valid} if isinstance(train, MultimodalDataset) else {"valid": valid}
     if model.standardiser is not None and not model.standardiser.fitted: model.standardiser.fit(train)
-    known = {what: rows for what, rows in (("train", train), ("valid", valid)) if isinstance(rows, MultimodalDataset)}
     for what, rows in known.items():
         try: model.check(rows)
         except GatedSymileError as error: raise type(error)(f"{what}: {error}") from error
@@ -193,13 +199,14 @@ def _prepare(model, train, valid, target, bank_size, device):
 def _validate(model, valid, target, bank_size, autocast):
     "Top-1 and mean reciprocal rank."
     with evaluating(model), autocast():
-        ranks = rank_in_banks(score_of(model), model.embed(valid, check=False), model.names.index(target), bank_size, valid.present)
+        embeddings, t = model.embed(valid, check=False), model.names.index(target)
+        ranks = rank_in_banks(score_of(model), embeddings, t, bank_size, valid.present)
     return ranks.top(1).mean().item(), ranks.reciprocal().mean().item()
 
 # %% ../nbs/api/training.ipynb #af7c3fbb
 def fit(
     model:MultimodalModel, # is trained in place, and left on `device` in evaluation mode
-    train:MultimodalDataset|Iterable, # rows as they were read; or batches, each a dict of tensors, or that and `present`
+    train:MultimodalDataset|Iterable, # rows as they were read; or batches: dicts of tensors, or pairs with `present`
     valid:MultimodalDataset, # rows to choose the best epoch by
     target:str, # name of the modality that validation retrieves from the others
     epochs:int=60, # at most so many passes over `train`
@@ -217,35 +224,38 @@ def fit(
     progress:bool=True, # whether to show a progress bar
     optimiser:Callable|None=None, # `model -> torch.optim.Optimizer`; `None`: `schedule_free`, by the numbers above
     callbacks:list[Callable]|tuple=(), # functions, each called with the line of history after every epoch
-) -> pd.DataFrame: # a line an epoch: `epoch`, `train_loss`, `valid_top1`, `valid_mrr`, `log_scale`, `gate_*`, `seconds`, `best`
-    "Train and keep the best weights, also on an error or Ctrl-C, which goes on. Errors name the argument, or epoch and step."
-    _check_settings(precision, optimiser, callbacks, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, clip=clip, patience=patience,
-                    gate_learning_rate=gate_learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps, bank_size=bank_size, seed=seed)
-    device = _check_device(device)
+) -> pd.DataFrame: # lines of `epoch`, `train_loss`, `valid_top1`, `valid_mrr`, `log_scale`, `gate_*`, `seconds`, `best`
+    "Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step."
+    rates = dict(learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, weight_decay=weight_decay,
+                 warmup_steps=warmup_steps)
+    _check_settings(precision, optimiser, callbacks, epochs=epochs, batch_size=batch_size, clip=clip, patience=patience,
+                    bank_size=bank_size, seed=seed, **rates)
+    device, draws, best = _check_device(device), generator(seed), _Best(model)
+    descent, history, steps, skipped = None, [], 0, []
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
-    history, draws, best, descent, steps, skipped = [], generator(seed), _Best(model), None, 0, []
-    make = optimiser or partial(schedule_free, learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, weight_decay=weight_decay,
-                                warmup_steps=warmup_steps)
+    epochs_bar = tqdm(range(1, epochs + 1), disable=not progress, unit="epoch")
     try:
         train, valid = _prepare(model, train, valid, target, bank_size, device)
-        descent = make(model)
-        with torch.random.fork_rng(range(torch.cuda.device_count())), tqdm(range(1, epochs+1), disable=not progress, unit="epoch") as bar:
+        descent = schedule_free(model, **rates) if optimiser is None else optimiser(model)
+        with torch.random.fork_rng(range(torch.cuda.device_count())), epochs_bar as bar:
             torch.manual_seed(seed)
             for epoch in bar:
-                start = time.perf_counter()
-                loss, n, unused = _train_epoch(model, _batches(train, batch_size, draws, device), epoch, descent, draws, clip, autocast)
+                start, batches = time.perf_counter(), _batches(train, batch_size, draws, device)
+                loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
                 steps, skipped = steps + n, skipped + unused
                 _switch(descent, "eval")
-                if hasattr(descent, "eval"): _refresh(model, _batches(train, batch_size, generator(seed), device), autocast)
+                again = _batches(train, batch_size, generator(seed), device)
+                if hasattr(descent, "eval"): _refresh(model, again, autocast)
                 top1, mrr = _validate(model, valid, target, bank_size, autocast)
                 best.offer((top1, mrr), epoch, model)
-                history.append(dict(epoch=epoch, train_loss=loss, valid_top1=top1, valid_mrr=mrr, **_watched(model.objective),
-                                    seconds=time.perf_counter() - start))
+                history.append(dict(epoch=epoch, train_loss=loss, valid_top1=top1, valid_mrr=mrr,
+                                    **_watched(model.objective), seconds=time.perf_counter() - start))
                 for call in callbacks: call(dict(history[-1]))
                 bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top1:.3f}", best=f"{best.key[0]:.3f}")
                 if patience is not None and epoch - best.epoch >= patience: break
     except KeyboardInterrupt: best.tell(len(history) + 1); raise
     finally: best.restore(model, descent)
-    if skipped: warnings.warn(f"train: {len(skipped)} of {steps} batches skipped ({skipped[0]}); larger batches make that rarer", stacklevel=2)
+    if skipped: warnings.warn(f"train: {len(skipped)} of {steps} batches skipped ({skipped[0]}); larger batches make "
+                              "that rarer", stacklevel=2)
     history = pd.DataFrame(history)
     return history.assign(best=history["epoch"] == best.epoch)

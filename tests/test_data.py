@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gated_symile.core import DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, RangeError, ShapeError, UnknownNameError, generator
+from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, RangeError, ShapeError,
+                               UnknownNameError, generator)
 from gated_symile.data.corruption import Flip, Gaussian, Missing, Swap, corrupt, corrupt_one, other_rows
-from gated_symile.data.dataset import MultimodalDataset, split_rows, standardise
+from gated_symile.data.dataset import MultimodalDataset, column_moments
+from gated_symile.data.splits import CORRUPTIONS, corrupted_splits, split_rows
 from gated_symile.data.tabular import load_tabular
 from gated_symile.data.xnor import synthetic_xnor
 
@@ -75,7 +77,8 @@ def test_corruption_touches_what_it_says(seed, rows, kind, ps, known, one):
     hit = torch.stack([differs(data.modalities[n], after.modalities[n]).any(1) for n in data.names], 1)
     assert_honest(data, after, kind, hit)
     if one:
-        assert not hit[:, 1].any() and hit.sum(1).max() <= 1                     # only those named, and only one of them
+        # only those named, and only one of them
+        assert not hit[:, 1].any() and hit.sum(1).max() <= 1
         if ps[0] == 1: assert torch.equal(hit.any(1), there(data)[:, [0, 2]].any(1))
     else:
         for m, p in enumerate(ps):
@@ -145,62 +148,38 @@ def test_a_split_is_a_partition(seed, rows, shares):
 
 @settings(max_examples=30, deadline=None)
 @given(seeds)
-def test_standardise_uses_the_training_rows_alone(seed):
-    train, test = make(seed, 30), make(seed + 1, 20)
-    with pytest.warns(UserWarning, match="filled"): scaled = standardise(train, test)
-    for before, after in zip((train, test), scaled):
-        assert torch.equal(there(before), there(after))
-        for name in train.names:
-            seen = train.modalities[name][train.is_present(name)].double().numpy()
-            mean, std = np.nanmean(seen, 0), np.nanstd(seen, 0)
-            expected = torch.from_numpy(np.nan_to_num((before.modalities[name].double().numpy() - mean) / np.where(std > 0, std, 1))).float()
-            here = before.is_present(name)
-            torch.testing.assert_close(after.modalities[name][here], expected[here], atol=1e-4, rtol=1e-4)
-            assert after.modalities[name][~here].isnan().all()
+def test_moments_are_those_of_numpy(seed):
+    for x in make(seed, 30).modalities.values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mean, std = np.nanmean(x.double().numpy(), 0), np.nanstd(x.double().numpy(), 0)
+        for found, expected in zip(column_moments(x), (mean, std)):
+            torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=1e-6, rtol=1e-6, equal_nan=True)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seeds)
-def test_rows_that_come_later_are_standardised_as_if_they_had_been_there(seed):
-    "Bit for bit, whatever their number, and whichever modalities they bring."
-    train, test = make(seed, 30), make(seed + 1, 20)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scaled, together = standardise(train, test)
-        assert together.standardised is scaled.standardised is scaled[:3].select(train.names[0]).standardised
-        later = scaled.standardised(test)
-        for name in test.names:
-            assert same(later.modalities[name], together.modalities[name])
-            here = test.is_present(name).nonzero().flatten()[:1]
-            if len(here): assert same(scaled.standardised(test.select(name)[here]).modalities[name], together.modalities[name][here])
-    for again in (later, scaled):
-        with pytest.raises(DataError, match="standardised before"): scaled.standardised(again)
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(20, 60), st.floats(0, 1), st.sampled_from(list(CORRUPTIONS)))
+def test_corrupted_splits_are_the_rows_as_they_were_read(seed, rows, p, kind):
+    "Every row in one part, and what isn't marked is what it was, to the bit; the target is never touched."
+    data = make(seed, rows, absent=0.1)
+    data = MultimodalDataset({name: 1000 + 50*x for name, x in data.modalities.items()}, data.present, ids=data.ids)
+    try: parts = corrupted_splits(data, p, generator(seed), kind)
+    except MissingError: return                                                  # a part may have no other row to swap with
+    assert sorted(i for part in parts for i in part.ids) == sorted(data.ids)
+    for part in parts:
+        at = torch.tensor([data.ids.index(i) for i in part.ids])
+        assert not part.corrupted[:, 0].any() and part.corrupted.sum(1).max() <= 1
+        changed = torch.stack([differs(data.modalities[n][at], part.modalities[n]).any(1) for n in data.names], 1)
+        assert not (changed & ~part.corrupted).any()
+        if kind != "gaussian": assert torch.equal(changed, part.corrupted)       # a lone value is its own mean
+    if p == 0: assert not any(part.corrupted.any() for part in parts)
 
 
-@pytest.mark.parametrize("columns, error, words", [
-    (["x", "y"], None, ""), (None, None, ""), (("x", "y"), None, ""),
-    (["y", "x"], DataError, "other order, first 'y' where there was 'x'"),
-    (["x", "z"], DataError, r"lacks \['y'\], has instead \['z'\]"),
-    (["x", "y", "z"], ShapeError, r"'a' has 2 columns in train but 3 here: has instead \['z'\]"),
-    (["x"], ShapeError, r"'a' has 2 columns in train but 1 here: lacks \['y'\]")])
-def test_columns_have_to_be_those_of_the_training_rows(columns, error, words):
-    train = MultimodalDataset({"a": torch.tensor([[1., 2], [3, 5]])}, columns={"a": ["x", "y"]})
-    rows = MultimodalDataset({"a": torch.ones(4, len(columns or "ab"))}, columns=columns and {"a": columns})
-    for act in (lambda: standardise(train, rows), lambda: standardise(train)[0].standardised(rows)):
-        if error is None: act()
-        else:
-            with pytest.raises(error, match=words): act()
-
-
-def test_another_unit_is_noticed():
-    train = MultimodalDataset({"a": torch.randn(100, 3, generator=generator(0))}, columns={"a": ["x", "y", "z"]})
-    how = standardise(train)[0].standardised
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        how(replace(train[:1])); how(replace(train, modalities={"a": train.modalities["a"] + 4}))
-    with pytest.warns(UserWarning, match=r"a: 1 of 3 columns .* such as \['y'\]"):
-        how(MultimodalDataset({"a": torch.tensor([[0., 1000, 0]])}, columns=train.columns))
-    with pytest.warns(UserWarning, match=r"a: 2 of 3 columns .* such as \[1, 2\]"): how(MultimodalDataset({"a": torch.tensor([[0., 1000, -20]])}))
+@pytest.mark.parametrize("wrong, error, words", [
+    (dict(corruption="noise"), UnknownNameError, "corruption: 'noise' is unknown"), (dict(p=1.5), RangeError, "p must lie in"),
+    (dict(fractions=(0.5, 0.6)), RangeError, "fractions must be positive with sum 1"), (dict(fractions=(0.98, 0.01, 0.01)), RangeError, "leave a part empty")])
+def test_a_split_that_cannot_be_is_named(wrong, error, words):
+    with pytest.raises(error, match=words): corrupted_splits(make(0, 20), **{"p": 0.5, **wrong})
 
 
 def test_names_of_columns_follow_the_modalities():
@@ -258,7 +237,8 @@ def test_a_join_is_a_lookup_in_a_dict(tmp_path_factory, data):
         tables[path] = table
     stranger = [t for t in tables if len(tables) > 1 and not any(set(tables[t]) & set(tables[o]) for o in tables if o != t)]
     if stranger:
-        with pytest.raises(DataError, match=f"ids of '{stranger[0].stem}' join with no other"): load_tabular(list(tables))
+        with pytest.raises(DataError, match=f"ids of '{stranger[0].stem}' join with no other"):
+            load_tabular(list(tables))
         return
     ids = []
     for table in tables.values(): ids += [i for i in table if i not in ids]
@@ -407,7 +387,8 @@ def test_an_index_level_that_is_also_a_column_is_named(tmp_path, names):
 
 
 @pytest.mark.parametrize("source", [None, 3, [None], b"scan.csv", {"scan": "scan.csv"}])
-def test_a_source_that_is_no_path_is_refused(source): refused(DtypeError, "source", "None" if source == [None] else repr(source), source=source)
+def test_a_source_that_is_no_path_is_refused(source):
+    refused(DtypeError, "source", "None" if source == [None] else repr(source), source=source)
 
 
 def test_an_unknown_name_lists_what_there_is(tmp_path):
@@ -432,7 +413,9 @@ def test_unknown_files_and_folders(tmp_path):
     for name in ("study.npz", "blood.csv", "clinic"): refused(FileNotFoundError, name, source=tmp_path/name)
     refused(FileNotFoundError, "blood.csv", source=[tmp_path/"blood.csv"])
     refused(DataError, tmp_path.name, "empty", source=tmp_path)
-    write(tmp_path/"notes.txt", "hello"); write(tmp_path/".hidden.csv", "id,x\na,1\n"); write(tmp_path/"old.csv"/"x.csv", "id,x\na,1\n")
+    write(tmp_path/"notes.txt", "hello")
+    write(tmp_path/".hidden.csv", "id,x\na,1\n")
+    write(tmp_path/"old.csv"/"x.csv", "id,x\na,1\n")
     refused(DataError, tmp_path.name, "only", "notes.txt", "old.csv", source=tmp_path)
     refused(DataError, "notes.txt", source=tmp_path/"notes.txt")
     refused(DataError, "notes.txt", source=[tmp_path/"notes.txt"])
@@ -445,7 +428,9 @@ def test_two_tables_of_one_name_are_refused(tmp_path):
 
 
 def test_other_files_of_a_folder_are_passed_over_aloud(tmp_path):
-    write(tmp_path/"blood.csv", "id,x\na,1\n"); write(tmp_path/"notes.txt", "hello"); (tmp_path/"gone.csv").symlink_to(tmp_path/"nowhere.csv")
+    write(tmp_path/"blood.csv", "id,x\na,1\n")
+    write(tmp_path/"notes.txt", "hello")
+    (tmp_path/"gone.csv").symlink_to(tmp_path/"nowhere.csv")
     with pytest.warns(UserWarning, match="gone.csv, notes.txt"): assert load_tabular(tmp_path).names == ["blood"]
 
 
@@ -478,12 +463,18 @@ def test_odd_column_names_are_fine(tmp_path):
 
 
 def test_what_is_partly_empty_is_a_hole_and_what_is_empty_is_absent(tmp_path):
-    write(tmp_path/"blood.csv", "id,iron,zinc,lead\na,1,,\nb,,,\nc,3,7,\n"); write(tmp_path/"scan.csv", "id,x\na,1\nb,2\nc,3\n")
+    write(tmp_path/"blood.csv", "id,iron,zinc,lead\na,1,,\nb,,,\nc,3,7,\n")
+    write(tmp_path/"scan.csv", "id,x\na,1\nb,2\nc,3\n")
     got = load_tabular(tmp_path)
     assert got.present.tolist() == [[True, True], [False, True], [True, True]]
     assert same(got.modalities["blood"], torch.tensor([[1, torch.nan, torch.nan], [torch.nan]*3, [3, 7, torch.nan]]))
-    with pytest.warns(UserWarning, match="blood 3 of 6"): scaled, = standardise(got)
-    assert scaled.modalities["blood"][[0, 2]].tolist() == [[-1, 0, 0], [1, 0, 0]] and scaled.present.tolist() == got.present.tolist()
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "9"*400, "1e300", "inf"])
+@pytest.mark.parametrize("others", ["1", ""])
+def test_a_number_too_large_is_not_called_text(tmp_path, number, others):
+    write(tmp_path/"blood.csv", f"id,iron\na,{number}\nb,{others}\n")
+    refused(NonFiniteError, "blood.csv: infinity (or a value too large for float32) in 1 columns, such as ['iron']", source=tmp_path/"blood.csv")
 
 
 # Damage

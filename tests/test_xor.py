@@ -8,9 +8,11 @@ from torch import nn
 
 from gated_symile.core import DtypeError, RangeError, generator
 from gated_symile.data.xor import synthetic_xor
+from gated_symile.model import MultimodalModel
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.symile import Symile
-from gated_symile.training import MultimodalModel, fit, rank_dataset
+from gated_symile.search import rank_dataset
+from gated_symile.training import fit
 
 
 @settings(deadline=None, max_examples=30)

@@ -56,7 +56,7 @@ class Gaussian:
 # %% ../../nbs/api/data/corruption.ipynb #fde75717
 @dataclass(frozen=True)
 class Flip:
-    "Weakly informative: signs flipped; `RangeError` for `p_flip` outside [0, 1], `ShapeError` where copies differ in width."
+    "Weakly informative: signs flipped; `RangeError` for `p_flip` outside [0, 1], `ShapeError` for unequal copies."
     p_flip:float # probability that a bit flips
     copies:tuple[slice, ...]=(slice(None),) # columns that hold the bits, once or several times
 
@@ -79,13 +79,14 @@ class Missing:
 def apply_corruption(
     dataset:MultimodalDataset, # stays as it is
     hits:Tensor, # bool `(rows, M)`: what to corrupt; absent modalities are passed over
-    kind:Callable|dict[str, Callable], # `kind(x, rows, generator) -> replacement of x[rows]`, or one for each modality's name
+    kind:Callable|dict[str, Callable], # `kind(x, rows, generator) -> replacement of x[rows]`, or one for each name
     generator:torch.Generator|None=None, # CPU generator
 ) -> MultimodalDataset: # with `corrupted` set
-    "Corrupt what `hits` marks; `DtypeError` for a kind that can't be called, `UnknownNameError` for a modality without one."
+    "Corrupt what `hits` marks; `DtypeError` for a kind that can't be called, `UnknownNameError` for none."
     kinds = kind if isinstance(kind, dict) else dict.fromkeys(dataset.names, kind)
     for one in kinds.values():
-        if not callable(one) or isinstance(one, type): raise DtypeError(f"kind must be a corruption such as Swap(), got {one!r}")
+        if not callable(one) or isinstance(one, type):
+            raise DtypeError(f"kind must be a corruption such as Swap(), got {one!r}")
     hits = hits.to(dataset.device) if dataset.present is None else hits.to(dataset.device) & dataset.present
     modalities = dict(dataset.modalities)
     for m in hits.any(0).nonzero().flatten().tolist():
@@ -95,7 +96,8 @@ def apply_corruption(
         x = modalities[name].clone()
         x[there[rows]] = kinds[name](x[there], rows, generator)
         modalities[name] = x
-    return replace(dataset, modalities=modalities, corrupted=hits if dataset.corrupted is None else hits | dataset.corrupted)
+    if dataset.corrupted is not None: hits = hits | dataset.corrupted
+    return replace(dataset, modalities=modalities, corrupted=hits)
 
 # %% ../../nbs/api/data/corruption.ipynb #7714b531
 def corrupt(
@@ -108,7 +110,8 @@ def corrupt(
     if not isinstance(p, dict): raise DtypeError(f"p must be a dict from modality to probability, got {p!r}")
     for name, q in p.items(): check_range(f"p[{check_name('p', name, dataset.names)!r}]", q, 0, 1)
     draws = torch.rand(len(dataset), len(dataset.names), generator=generator)
-    return apply_corruption(dataset, draws < torch.tensor([float(p.get(name, 0.)) for name in dataset.names]), kind, generator)
+    hits = draws < torch.tensor([float(p.get(name, 0.)) for name in dataset.names])
+    return apply_corruption(dataset, hits, kind, generator)
 
 # %% ../../nbs/api/data/corruption.ipynb #94b75971
 def corrupt_one(
@@ -121,9 +124,11 @@ def corrupt_one(
     "Corrupt exactly one of `names` in a share `p` of the rows; `UnknownNameError` or `RangeError` for what can't be."
     check_range("p", p, 0, 1)
     names = dataset.select(names).names
-    hit, draws = torch.rand(len(dataset), generator=generator) < p, torch.rand(len(dataset), len(names), generator=generator)
+    hit = torch.rand(len(dataset), generator=generator) < p
+    draws = torch.rand(len(dataset), len(names), generator=generator)
     there = torch.stack([dataset.is_present(name) for name in names], 1).cpu()
-    chosen = draws.masked_fill(~there, -1.).argmax(1)                   # `apply_corruption` passes over rows that have none of them
+    # `apply_corruption` passes over rows that have none of them
+    chosen = draws.masked_fill(~there, -1.).argmax(1)
     hits = torch.zeros(len(dataset), len(dataset.names), dtype=torch.bool)
     hits[torch.arange(len(dataset)), torch.tensor([dataset.names.index(name) for name in names])[chosen]] = hit
     return apply_corruption(dataset, hits, kind, generator)

@@ -25,7 +25,9 @@ def _checked_matrix(name, x):
     x = x.float()
     if x.sum().isfinite(): return x, None
     bad = x.isinf().any(1).nonzero().flatten().tolist()
-    if bad: raise NonFiniteError(f"{what} has infinity (or a value too large for float32) in {len(bad)} rows, the first: {bad[:5]}; missing is NaN")
+    if bad:
+        raise NonFiniteError(f"{what} has infinity (or a value too large for float32) in {len(bad)} rows, the first: "
+                             f"{bad[:5]}; missing is NaN")
     return x, ~x.isnan().all(1)
 
 # %% ../../nbs/api/data/dataset.ipynb #84a05238
@@ -34,7 +36,8 @@ def _checked_table(what, table, shape, device):
     if table is None: return None
     if not isinstance(table, Tensor) or table.dtype != torch.bool:
         raise DtypeError(f"{what} must be a bool tensor, got {getattr(table, 'dtype', type(table).__name__)}")
-    if table.shape != shape: raise ShapeError(f"{what} must have shape {shape}, one column a modality, got {tuple(table.shape)}")
+    if table.shape != shape:
+        raise ShapeError(f"{what} must have shape {shape}, one column a modality, got {tuple(table.shape)}")
     return table.to(device)
 
 # %% ../../nbs/api/data/dataset.ipynb #c28686be
@@ -42,12 +45,14 @@ def _checked_columns(columns, modalities):
     "Names of the columns of some modalities, or `None`."
     for name, names in (columns or {}).items():
         width = modalities[check_name("columns", name, modalities)].shape[1]
-        if len(names) != width: raise ShapeError(f"columns[{name!r}] must name each of the {width} columns, got {len(names)}")
+        if len(names) != width:
+            raise ShapeError(f"columns[{name!r}] must name each of the {width} columns, got {len(names)}")
     return columns or None
 
 def _checked_fields(modalities, present, corrupted, ids, columns):
     "The fields of a dataset, checked, with `present` derived."
-    if not isinstance(modalities, dict): raise DtypeError(f"modalities must be a dict from name to tensor, got {type(modalities).__name__}")
+    if not isinstance(modalities, dict):
+        raise DtypeError(f"modalities must be a dict from name to tensor, got {type(modalities).__name__}")
     if not modalities: raise ShapeError("modalities is empty: a dataset needs at least one")
     checked = {name: _checked_matrix(name, x) for name, x in modalities.items()}
     sizes = {name: len(x) for name, (x, _) in checked.items()}
@@ -60,9 +65,11 @@ def _checked_fields(modalities, present, corrupted, ids, columns):
         derived = torch.stack([everything if full is None else full for _, full in checked.values()], 1)
         present = derived if present is None else present & derived
     if present is not None and present.all(): present = None
-    if ids is not None and len(ids) != len(x): raise ShapeError(f"ids must name each of the {len(x)} rows, got {len(ids)}")
+    if ids is not None and len(ids) != len(x):
+        raise ShapeError(f"ids must name each of the {len(x)} rows, got {len(ids)}")
     modalities = {name: x for name, (x, _) in checked.items()}
-    return dict(modalities=modalities, present=present, corrupted=_checked_table("corrupted", corrupted, shape, x.device),
+    corrupted = _checked_table("corrupted", corrupted, shape, x.device)
+    return dict(modalities=modalities, present=present, corrupted=corrupted,
                 ids=None if ids is None else list(ids), columns=_checked_columns(columns, modalities))
 
 # %% ../../nbs/api/data/dataset.ipynb #812c6230
@@ -77,7 +84,8 @@ def split_rows(
     ends = torch.tensor(fractions, dtype=torch.float64).cumsum(0).mul(rows).round().long()
     ends[-1] = rows
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    if min(sizes) < 1: raise RangeError(f"fractions {tuple(fractions)} of {rows} rows leave a part empty: sizes {sizes}")
+    if min(sizes) < 1:
+        raise RangeError(f"fractions {tuple(fractions)} of {rows} rows leave a part empty: sizes {sizes}")
     return list(torch.randperm(rows, generator=generator).split(sizes))
 
 # %% ../../nbs/api/data/dataset.ipynb #d42c9e03
@@ -104,23 +112,28 @@ def _take_names(dataset, names):
     names = checked_names(names, dataset.names)
     places = [dataset.names.index(name) for name in names]
     return MultimodalDataset({name: dataset.modalities[name] for name in names},
-                             *(None if t is None else t[:, places] for t in (dataset.present, dataset.corrupted)), dataset.ids,
+                             *(None if t is None else t[:, places] for t in (dataset.present, dataset.corrupted)),
+                             dataset.ids,
                              {name: columns for name, columns in (dataset.columns or {}).items() if name in names})
 
 def _describe(dataset):
     "One line: rows, widths, and how many rows are absent or corrupted in which modality."
     parts = [f"{len(dataset)} rows", ", ".join(f"{name} ({x.shape[1]})" for name, x in dataset.modalities.items())]
-    for what, table in (("absent", None if dataset.present is None else ~dataset.present), ("corrupted", dataset.corrupted)):
+    absent = None if dataset.present is None else ~dataset.present
+    for what, table in (("absent", absent), ("corrupted", dataset.corrupted)):
         counts = [] if table is None else table.sum(0).tolist()
-        if any(counts): parts.append(f"{what}: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.names, counts) if n))
+        if any(counts):
+            parts.append(f"{what}: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.names, counts) if n))
     return f"MultimodalDataset({'; '.join(parts)})"
 
 # %% ../../nbs/api/data/dataset.ipynb #95357c1b
 @dataclass(frozen=True, eq=False, repr=False)
 class MultimodalDataset:
-    "Modalities of the same rows; indexing, selecting and splitting keep all fields aligned. Errors name the field that is wrong."
-    modalities:dict[str, Tensor] # name -> `(rows, features)`, floating (stored as float32); NaN is missing, infinity an error
-    present:Tensor|None=None # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows that hold nothing but NaN
+    "Modalities of the same rows, whose fields stay aligned whatever is taken. Errors name the field that is wrong."
+    # name -> `(rows, features)`, floating (stored as float32); NaN is missing, infinity an error
+    modalities:dict[str, Tensor]
+    # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows that hold nothing but NaN
+    present:Tensor|None=None
     corrupted:Tensor|None=None # bool `(rows, M)`: which were corrupted, where that is known
     ids:list|None=None # names of the rows, as in the person's own table
     columns:dict[str, list]|None=None # name -> names of its columns, as in the person's own table, where they are known
@@ -144,7 +157,8 @@ class MultimodalDataset:
     def is_present(self, name) -> Tensor:
         "Bool `(rows,)`: which rows have this modality."
         m = self.names.index(check_name("modality", name, self.names))
-        return torch.ones(len(self), dtype=torch.bool, device=self.device) if self.present is None else self.present[:, m]
+        if self.present is not None: return self.present[:, m]
+        return torch.ones(len(self), dtype=torch.bool, device=self.device)
     def to(self, device) -> "MultimodalDataset":
         "The same on another device."
         return replace(self, modalities={name: x.to(device) for name, x in self.modalities.items()})
@@ -152,7 +166,7 @@ class MultimodalDataset:
 # %% ../../nbs/api/data/dataset.ipynb #7068d1b0
 def column_moments(
     x:Tensor, # rows of one modality, `(rows, features)`; NaN is missing
-) -> tuple[Tensor, Tensor]: # mean and (population) standard deviation of each column, `(features,)`; NaN where nothing is known
+) -> tuple[Tensor, Tensor]: # mean and (population) standard deviation of each column, `(features,)`; NaN if unknown
     "Mean and standard deviation of the values that are there, computed in float64."
     known, values = ~x.isnan(), x.double()
     count = known.sum(0)

@@ -26,7 +26,8 @@ def mfeat(
     names:tuple[str, ...]=("pix", "fou", "zer"), # which views, in this order; all are in `MFEAT_VIEWS`
 ) -> MultimodalDataset: # 2000 rows in digit order, raw values
     "UCI Multiple Features (Duin 1998, CC BY 4.0); `UnknownNameError` lists the views there are."
-    return MultimodalDataset({name: torch.from_numpy(x).float() for name, x in _arrays(MFEAT_VIEWS).items()}).select(names)
+    views = {name: torch.from_numpy(x).float() for name, x in _arrays(MFEAT_VIEWS).items()}
+    return MultimodalDataset(views).select(names)
 
 # %% ../../nbs/api/data/mfeat.ipynb #84279af6
 def mfeat_digits() -> Tensor: # `(2000,)`, int64 in 0..9, in the order of the rows of `mfeat`

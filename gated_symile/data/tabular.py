@@ -9,6 +9,7 @@ __all__ = ['load_tabular']
 import warnings
 import zipfile
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,21 @@ def _checked_ids(ids, where):
     "Ids as a list of text: whole numbers or text, none missing, none twice."
     ids = pd.Series(ids)
     blank = ids.isna() | (ids.astype(str).str.strip() == "")
-    if blank.any(): raise DataError(f"{where}: id missing in {blank.sum()} rows, the first at row {int(blank.to_numpy().argmax())}")
+    if blank.any():
+        raise DataError(f"{where}: id missing in {blank.sum()} rows, the first at row {int(blank.to_numpy().argmax())}")
     if not (pd.api.types.is_integer_dtype(ids) or all(isinstance(value, str) for value in ids)):
-        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}; a hole in the column makes decimals of whole numbers")
+        raise DtypeError(f"{where}: ids must be whole numbers or text, got {ids.dtype}, such as {ids.iloc[0]!r}; "
+                         "a hole in the column makes decimals of whole numbers")
     text = ids.astype(str).str.strip()
-    if text.duplicated().any():
-        raise DataError(f"{where}: {text.duplicated().sum()} duplicate ids, such as {text[text.duplicated()].head(3).tolist()}; one row an id")
+    twice = text[text.duplicated()]
+    if len(twice): raise DataError(f"{where}: {len(twice)} duplicate ids, such as {twice.head(3).tolist()}; one row each")
     return text.tolist()
 
 # %% ../../nbs/api/data/tabular.ipynb #f57a9c58
 def _number(x):
-    "What a text says as a number, infinity for what is beyond float64; `None` for other text."
-    try: return float(x)
-    except (TypeError, ValueError): return None
+    "What a text says as a number, infinity for what is beyond float64; `None` for all that is no number."
+    try: return float(x) if isinstance(x, (str, Real)) else None
+    except ValueError: return None
 
 def _too_large(column):
     "Whether all that is there are numbers, and some so large that pandas leaves them as text."
@@ -52,8 +55,8 @@ def _features(frame, where):
     "The columns as a float32 matrix; names those that hold no numbers, infinity, or nothing to be called by."
     if frame.shape[1] == 0: raise DataError(f"{where}: no columns besides the id")
     nameless = [c for c in frame.columns if str(c).strip() == "" or str(c).startswith(("Unnamed: ", "__index_level_"))]
-    if nameless: raise DataError(f"{where}: {len(nameless)} columns have no name ({nameless[:3]}), probably a row index: "
-                                 "write the file with index=False")
+    if nameless: raise DataError(f"{where}: {len(nameless)} columns have no name ({nameless[:3]}), probably a row "
+                                 "index: write the file with index=False")
     objects = frame.columns[frame.dtypes == object]
     frame = frame.assign(**frame[objects].convert_dtypes()) if len(objects) else frame     # yes and no with holes, say
     other = [c for c, dtype in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
@@ -64,8 +67,8 @@ def _features(frame, where):
     values = frame.assign(**dict.fromkeys(other, np.nan)).to_numpy(dtype="float64", na_value=np.nan)
     with np.errstate(over="ignore"): values = values.astype("float32")
     infinite = huge + frame.columns[np.isinf(values).any(0)].tolist()
-    if infinite: raise NonFiniteError(f"{where}: infinity (or a value too large for float32) in {len(infinite)} columns, "
-                                      f"such as {infinite[:5]}; leave a missing value empty")
+    if infinite: raise NonFiniteError(f"{where}: infinity (or a value too large for float32) in {len(infinite)} "
+                                      f"columns, such as {infinite[:5]}; leave a missing value empty")
     return torch.from_numpy(values)
 
 # %% ../../nbs/api/data/tabular.ipynb #40faafc6
@@ -83,22 +86,29 @@ def _read_frame(path, id):
     "One Parquet or CSV file as a data frame, column names as text and each only once."
     kind = path.suffix[1:].lower()
     with _reading(path.name, f"as {kind}"):
-        frame = pd.read_parquet(path) if kind == "parquet" else pd.read_csv(path, converters={id: str}, low_memory=False)
-        header = frame.columns if kind == "parquet" else pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+        if kind == "parquet": header = (frame := pd.read_parquet(path)).columns
+        else:
+            frame = pd.read_csv(path, converters={id: str}, low_memory=False)
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
     twice = pd.Index(header)[pd.Index(header).duplicated()].tolist()
     if twice: raise DataError(f"{path.name}: duplicate columns {twice[:5]}")
-    if kind == "csv" and not isinstance(frame.index, pd.RangeIndex): raise DataError(f"{path.name}: rows have more fields than the header")
-    if id in frame.index.names and id in frame.columns: raise DataError(f"{path.name}: both the index and a column are called {id!r}")
-    with _reading(f"{path.name}: the index", "as columns"): frame = frame.reset_index() if id in frame.index.names else frame
+    if kind == "csv" and not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(f"{path.name}: rows have more fields than the header")
+    if id in frame.index.names and id in frame.columns:
+        raise DataError(f"{path.name}: both the index and a column are called {id!r}")
+    with _reading(f"{path.name}: the index", "as columns"):
+        frame = frame.reset_index() if id in frame.index.names else frame
     return frame.set_axis(frame.columns.map(str), axis=1)
 
 def _read_table(path, id):
     "One Parquet or CSV file: ids, a float32 matrix, and the names of its columns."
     frame = _read_frame(path, id)
     if id not in frame.columns:
-        if frame.shape[1] == 1 and ";" in frame.columns[0]: raise DataError(f"{path.name}: its columns are separated by ';', commas are expected")
-        raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}{' ...' if frame.shape[1] > 8 else ''}; "
-                        "give the name of the one that holds the ids as `id` (the retrieval template takes it in data_options: {id: ...})")
+        if frame.shape[1] == 1 and ";" in frame.columns[0]:
+            raise DataError(f"{path.name}: its columns are separated by ';', commas are expected")
+        raise DataError(f"{path.name}: no id column {id!r}; columns are {frame.columns[:8].tolist()}"
+                        f"{' ...' if frame.shape[1] > 8 else ''}; give the name of the one that holds the ids as `id` "
+                        "(the retrieval template takes it in data_options: {id: ...})")
     if len(frame) == 0: raise DataError(f"{path.name}: no rows")
     ids, features = _checked_ids(frame[id], path.name), frame.drop(columns=id)
     return ids, _features(features, path.name), features.columns.tolist()
@@ -112,13 +122,15 @@ def _join(tables):
             samples = "; ".join(f"{other} has {found[:3]}" for other, found in list(others.items())[:3])
             raise DataError(f"the ids of {name!r} join with no other table: {name} has {ids[:3]}; {samples}")
         if others and (shared := len(set(ids) & set().union(*others.values()))) < len(ids) / 10:
-            warnings.warn(f"load_tabular: only {shared} of the {len(ids)} ids of {name!r} are in another table, such as {ids[:3]}; are they written alike?", stacklevel=4)
+            warnings.warn(f"load_tabular: only {shared} of the {len(ids)} ids of {name!r} are in another table, "
+                          f"such as {ids[:3]}; are they written alike?", stacklevel=4)
     union = {id: row for row, id in enumerate(dict.fromkeys(id for ids, *_ in tables.values() for id in ids))}
     modalities = {}
     for name, (ids, x, _) in tables.items():
         modalities[name] = x.new_full((len(union), x.shape[1]), torch.nan)
         modalities[name][[union[id] for id in ids]] = x
-    return MultimodalDataset(modalities, ids=list(union), columns={name: columns for name, (*_, columns) in tables.items()})
+    columns = {name: columns for name, (*_, columns) in tables.items()}
+    return MultimodalDataset(modalities, ids=list(union), columns=columns)
 
 # %% ../../nbs/api/data/tabular.ipynb #d4421edc
 def _stored_array(stored, name, where):
@@ -129,8 +141,8 @@ def _stored_array(stored, name, where):
 
 def _matrix(x, where):
     "An array of numbers as a float32 matrix."
-    if x.dtype.kind not in "biuf": raise DtypeError(f"{where} holds no numbers but {x.dtype}; turn it into numbers, leave it out, or, if it names the rows, "
-                                                     "give its name as `id`")
+    if x.dtype.kind not in "biuf": raise DtypeError(f"{where} holds no numbers but {x.dtype}; turn it into numbers, "
+                                                     "leave it out, or, if it names the rows, give its name as `id`")
     if x.ndim not in (1, 2): raise ShapeError(f"{where} must have shape (rows, features) or (rows,), got {x.shape}")
     with np.errstate(over="ignore"): return torch.from_numpy((x[:, None] if x.ndim == 1 else x).astype("float32"))
 
@@ -142,7 +154,8 @@ def _read_npz(path, id, names):
         there = [name for name in stored.files if name != id]
         if not there: raise DataError(f"{path.name} holds no arrays besides the ids")
         wanted = there if names is None else checked_names(names, there)
-        arrays = {name: _matrix(_stored_array(stored, name, path.name), f"{path.name}: array {name!r}") for name in wanted}
+        arrays = {name: _matrix(_stored_array(stored, name, path.name), f"{path.name}: array {name!r}")
+                  for name in wanted}
         ids = _stored_array(stored, id, path.name) if id in stored.files else None
     if ids is not None and (ids.ndim != 1 or ids.dtype.names):
         raise ShapeError(f"{path.name}: array {id!r} must be flat, an id a row, got shape {ids.shape} of {ids.dtype}")
@@ -154,27 +167,33 @@ def _read_npz(path, id, names):
 def _tables(source):
     "The Parquet and CSV files of a folder or a list; says what of a folder it passes over."
     if isinstance(source, Path):
-        visible = sorted(path for path in source.iterdir() if not path.name.startswith((".", "~"))) # without those of an open editor
+        # without those of an open editor
+        visible = sorted(path for path in source.iterdir() if not path.name.startswith((".", "~")))
         files = [path for path in visible if path.is_file() and path.suffix.lower() in (".parquet", ".csv")]
         ignored = [path.name for path in visible if path not in files]
-        if not files: raise DataError(f"{source} holds no .parquet or .csv file" + (f", only {ignored[:5]}" if ignored else ": it is empty"))
-        sheets = "; save a sheet as .csv to have it read" if any(name.endswith((".xlsx", ".xls")) for name in ignored) else ""
-        if ignored: warnings.warn(f"load_tabular: passed over in {source}: {', '.join(ignored[:5])}{' ...' if len(ignored) > 5 else ''}{sheets}", stacklevel=3)
+        if not files:
+            found = f", only {ignored[:5]}" if ignored else ": it is empty"
+            raise DataError(f"{source} holds no .parquet or .csv file{found}")
+        sheets = any(name.endswith((".xlsx", ".xls")) for name in ignored)
+        if ignored: warnings.warn(f"load_tabular: passed over in {source}: {', '.join(ignored[:5])}"
+                                  f"{' ...' if len(ignored) > 5 else ''}"
+                                  f"{'; save a sheet as .csv to have it read' if sheets else ''}", stacklevel=3)
     else: files = [Path(path) for path in source]
     for path in files:
         if not path.is_file(): raise FileNotFoundError(f"no such file: {path}")
         if path.suffix.lower() not in (".parquet", ".csv"): raise DataError(f"{path.name} is no .parquet or .csv file")
     stems = [path.stem for path in files]
-    if not files or len(set(stems)) < len(stems): raise DataError(f"each table needs a name of its own, got {[path.name for path in files]}")
+    if not files or len(set(stems)) < len(stems):
+        raise DataError(f"each table needs a name of its own, got {[path.name for path in files]}")
     return dict(zip(stems, files))
 
 # %% ../../nbs/api/data/tabular.ipynb #0920fdea
 def load_tabular(
-    source:str|Path|list, # an `.npz` file; a folder; or a list of `.parquet` / `.csv` files (or one of them): a file's stem names its modality
+    source:str|Path|list, # an `.npz` file, a folder, or one or a list of `.parquet` / `.csv` files, named as modalities
     id:str="id", # the column (in `.npz` the array, if there is one) that names the rows
     names:list[str]|None=None, # the modalities to read, in this order; `None`: all
-) -> MultimodalDataset: # every id that occurs anywhere, NaN where it has no entry, `ids` as text; of tables the names of the `columns`
-    "Read a person's tables; `FileNotFoundError`, `DataError`, `DtypeError`, `ShapeError`, `NonFiniteError`, `UnknownNameError` say what and where."
+) -> MultimodalDataset: # every id that occurs anywhere, NaN where it has no entry, `ids` as text; `columns` of tables
+    "Read a person's tables; `FileNotFoundError`, `DataError` and the other named errors say what is wrong, and where."
     paths = source if isinstance(source, (list, tuple)) else [source]
     other = [path for path in paths if not isinstance(path, (str, Path))]
     if other: raise DtypeError(f"source must be a path or a list of paths, got {other[0]!r:.60}")
@@ -184,4 +203,5 @@ def load_tabular(
         if source.suffix.lower() == ".npz" and source.is_file(): return _read_npz(source, id, names)
         if source.is_file(): source = [source]
     files = _tables(source)
-    return _join({name: _read_table(files[name], id) for name in (files if names is None else checked_names(names, list(files)))})
+    wanted = files if names is None else checked_names(names, list(files))
+    return _join({name: _read_table(files[name], id) for name in wanted})

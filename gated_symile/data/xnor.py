@@ -32,12 +32,13 @@ def xnor_corruption(
     p_flip:float=0.1, # for "flip": probability that a bit flips
     noise_std:float=3., # for "gaussian": standard deviation
 ) -> dict: # a kind of corruption for each of B and C
-    "The corruption of B and C on the XNOR layout; `UnknownNameError` for another one, `RangeError` for a probability outside [0, 1]."
+    "The corruption of B and C on the XNOR layout; `UnknownNameError`, or `RangeError` for no probability."
     block, two, three = (slice(i*n_bits, (i+1)*n_bits) for i in range(3))
     places = {"full": {"B": (block, three), "C": (two, three)}, "xnor": {"B": (block,), "C": (block,)}}[signal]
     whole = Swap(slice(0, n_bits if signal == "xnor" else 3*n_bits))
     kinds = {"swap": dict(B=whole, C=whole), "gaussian": dict.fromkeys("BC", Gaussian(noise_std)),
-             "flip": {name: Flip(p_flip, copies) for name, copies in places.items()}, "missing": dict.fromkeys("BC", Missing())}
+             "flip": {name: Flip(p_flip, copies) for name, copies in places.items()},
+             "missing": dict.fromkeys("BC", Missing())}
     return kinds[check_name("corruption", corruption, kinds)]
 
 # %% ../../nbs/api/data/xnor.ipynb #786a7ff8
@@ -61,8 +62,8 @@ def synthetic_xnor(
     u, v = (2. * torch.randint(2, (rows, n_bits), generator=generator) - 1 for _ in range(2))
     signals = xnor_signal(u, v, signal)
     check_whole("dim", dim, signals["A"].shape[1])
-    clean = MultimodalDataset({name: torch.cat([signal_scale * s, noise_std * torch.randn(rows, dim - s.shape[1], generator=generator)], 1)
-                               for name, s in signals.items()})
+    def noise(s): return noise_std * torch.randn(rows, dim - s.shape[1], generator=generator)
+    clean = MultimodalDataset({name: torch.cat([signal_scale * s, noise(s)], 1) for name, s in signals.items()})
     kind = xnor_corruption(corruption, n_bits, signal, p_flip, noise_std)
     if which == "each": return corrupt(clean, {"B": p, "C": p}, kind, generator)
     return corrupt_one(clean, ["B", "C"], p, kind, generator)
