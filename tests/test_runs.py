@@ -302,6 +302,9 @@ def test_ranking_files_without_python(a_run, tables, tmp_path):
 
 # Identity: the same settings, and only those, are the same run
 
+DIGEST = "b3f57a8ebf9ccf5afde7f6b2abe2e67abe6a134272b39db9c6875806e17c30bb" # of GatedSymile on mfeat at p = 0.5, all else as the library has it
+
+
 def spec(**settings): return RunSpec(**{"data": "mfeat", "objective": "GatedSymile", **settings})
 
 
