@@ -80,12 +80,11 @@ def test_stale_cells_are_found_and_others_left_alone(tmp_path):
 
 
 def test_what_follows_a_training_may_differ_but_not_vanish(tmp_path):
-    first, other = cell("'lost 0.32'", "'found 0.61'"), cell("", "'found 0.61'")
-    for i, page in enumerate(([cell(TRAIN), first], [cell(TRAIN), first, other], [first, cell(TRAIN)])):
-        (folder := tmp_path/str(i)).mkdir()
-        done = run(folder, page)
-        assert ("cell 2, after training" in done.stdout) == (i < 2) and done.returncode == (i > 0)
-        if i == 1: assert "saved with\n'found 0.61'\nbut now gives\n\n" in done.stderr
+    other, gone = cell("'lost 0.32'", "'found 0.61'"), cell("", "'found 0.61'")
+    done = run(tmp_path, [cell(TRAIN), other], [cell(TRAIN), gone], [other, cell(TRAIN)])
+    assert done.returncode == 1 and "page0.ipynb, cell 2, after training: other words" in done.stdout
+    assert "page1.ipynb, cell 2, is saved with\n'found 0.61'\nbut now gives\n\n" in done.stderr
+    assert "page2.ipynb, cell 1, is saved with" in done.stderr and done.stderr.count("is saved with") == 2
 
 
 def test_broken_cells_are_found_by_nbdev_test_with_and_without_the_notes(tmp_path):
@@ -96,12 +95,12 @@ def test_broken_cells_are_found_by_nbdev_test_with_and_without_the_notes(tmp_pat
         assert ("saved with\n3\nbut now gives\n2" in done.stderr) == (command == "tools/fresh.py")
 
 
-def test_the_notes_can_be_kept(tmp_path):
+def test_what_rounding_did_passes_and_nothing_run_does_not(tmp_path):
     (notes := tmp_path/"notes").mkdir()
     (pages := tmp_path/"pages").mkdir()
-    assert run(pages, [cell("1 + 1", "2")], FRESH=str(notes)).returncode == 0
-    assert [file.read_text().count('[1, "2", "2", false]') for file in notes.iterdir()] == [1]
-    assert not fresh.compare(notes) and fresh.compare(pages)                 # none was run: that is no success
+    done = run(pages, [cell("1e-7/3", "4.1e-08")], FRESH=str(notes))
+    assert done.returncode == 0 and "cell 1, by rounding: 4.1e-08 is now 3.33" in done.stdout
+    assert len(list(notes.iterdir())) == 1 and not fresh.compare(notes) and fresh.compare(pages)
 
 
 def test_a_release_needs_the_tag_of_its_version():
