@@ -123,11 +123,7 @@ def unit(
     x:Tensor, # vectors along the last dimension, `(..., D)`
 ) -> Tensor: # the same directions with length 1, at least `float32`; zero stays zero
     "Scale vectors to unit length, in full precision."
-    with full_precision(x):
-        if not torch.compiler.is_compiling(): return _Unit.apply(upcast(x))[0]
-        x = upcast(x)                                                      # a compiler finds the gradient by itself
-        x = torch.where(torch.linalg.vector_norm(x, dim=-1, keepdim=True).isinf(), x * _SHRINK[x.dtype], x)
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    with full_precision(x): return _Unit.apply(upcast(x))[0]
 
 # %% ../nbs/api/core.ipynb #010b9d83
 def generator(
