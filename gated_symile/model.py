@@ -124,8 +124,8 @@ class Standardiser(nn.Module):
             self.register_buffer("std_" + _escaped(name), std)
             count, such = _such(self.columns.get(name), std == 0)
             if not (std == 0).any(): continue
-            warnings.warn(f"{name!r}: {count} are constant in train, {such}: they say nothing, and rows to come may differ",
-                          stacklevel=2)
+            warnings.warn(f"{name!r}: {count} are constant in train, {such}: they say nothing, and rows to come may "
+                          "differ", stacklevel=2)
         return self
 
     def forward(self,

@@ -18,7 +18,8 @@ from gated_symile.objectives.gram import GRAM
 from gated_symile.objectives.subset import SubsetSymile
 from gated_symile.objectives.symile import Symile
 from gated_symile.objectives.triangle import TRIANGLE
-from gated_symile.retrieval import bank_slices, bootstrap_interval, metrics, rank_true, top_k, Ranks
+from gated_symile.search import bank_slices, rank_true, top_k
+from gated_symile.statistics import bootstrap_interval, metrics, Ranks
 
 KINDS = [int, np.int8, np.int64, np.uint16]
 NO_NUMBER = [True, np.bool_(True), None, "1", 1j, torch.tensor(1)]
@@ -62,10 +63,10 @@ def test_sizes_and_shares_of_numpy_are_those_of_python():
     score, e = Symile().score, [unit(torch.randn(6, 4, generator=generator(m))) for m in range(3)]
     for found, expected in zip(top_k(score, e, np.int64(1), np.int64(3)), top_k(score, e, 1, 3)): assert torch.equal(found, expected)
     ranks = rank_true(score, e, np.int64(1))
-    assert metrics(ranks, ks=np.array([1, 5]), generator=generator(0)).equals(metrics(ranks, ks=(1, 5), generator=generator(0)))
+    assert metrics(ranks, ks=np.array([1, 5]), seed=np.int64(3)).equals(metrics(ranks, ks=(1, 5), seed=3))
     values = ranks.reciprocal()
-    assert bootstrap_interval(values, level=np.float32(0.5), resamples=np.int64(9), generator=generator(np.int64(2))) == \
-           bootstrap_interval(values, level=0.5, resamples=9, generator=generator(2))
+    assert bootstrap_interval(values, level=np.float32(0.5), resamples=np.int64(9), seed=np.int64(2)) == \
+           bootstrap_interval(values, level=0.5, resamples=9, seed=2)
     for kind in KINDS: assert torch.equal(torch.rand(3, generator=generator(kind(7))), torch.rand(3, generator=generator(7)))
     one, two = (synthetic_xnor(kind(40), p=share(0.5), n_bits=kind(2), dim=kind(9), generator=generator(0)) for kind, share in ((np.int64, np.float32), (int, float)))
     assert all(torch.equal(one.modalities[name], two.modalities[name]) for name in "ABC") and torch.equal(one.corrupted, two.corrupted)

@@ -1,4 +1,4 @@
-"Data: corruption does what `corrupted` says and nothing else, joins are those of a dict, and a person's bad files are named."
+"Data: corruption does what `corrupted` says and no more, joins are those of a dict, a person's bad files are named."
 import builtins
 import io
 import os
@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, RangeError, ShapeError,
+from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, RangeError,
+                               ShapeError,
                                UnknownNameError, generator)
 from gated_symile.data.corruption import Flip, Gaussian, Missing, Swap, corrupt, corrupt_one, other_rows
 from gated_symile.data.dataset import MultimodalDataset, column_moments
@@ -27,7 +28,7 @@ differs = lambda a, b: ~((a == b) | (a.isnan() & b.isnan()))
 
 
 def make(seed, rows, absent=0.3, known=False):
-    "Three modalities whose column 0 is different in every row; some rows are absent (half of them full of numbers), some have holes."
+    "Three modalities; column 0 is different in every row; some rows are absent (half of them full), some have holes."
     g = generator(seed)
     modalities = {name: torch.randn(rows, 4, generator=g) for name in "abc"}
     for x in modalities.values():
@@ -45,7 +46,8 @@ def there(dataset): return torch.stack([dataset.is_present(name) for name in dat
 
 # Corruption
 
-KINDS = {"swap": Swap(), "swap signal": Swap(slice(0, 2)), "own noise": Gaussian(columns=slice(0, 1)), "noise": Gaussian(2.),
+KINDS = {"swap": Swap(), "swap signal": Swap(slice(0, 2)), "own noise": Gaussian(columns=slice(0, 1)),
+         "noise": Gaussian(2.),
          "flip": Flip(1.), "flip copies": Flip(1., (slice(0, 1), slice(3, 4))), "missing": Missing()}
 touched = lambda kind: {"swap signal": [0, 1], "own noise": [0], "flip copies": [0, 3]}.get(kind, [0, 1, 2, 3])
 
@@ -63,7 +65,8 @@ def assert_honest(before, after, kind, hit):
 
 
 @settings(max_examples=80, deadline=None)
-@given(seeds, st.integers(5, 30), st.sampled_from(list(KINDS)), st.tuples(*[st.sampled_from([0., 0.3, 1.])]*3), st.booleans(), st.booleans())
+@given(seeds, st.integers(5, 30), st.sampled_from(list(KINDS)), st.tuples(*[st.sampled_from([0., 0.3, 1.])]*3),
+       st.booleans(), st.booleans())
 def test_corruption_touches_what_it_says(seed, rows, kind, ps, known, one):
     data, kept = make(seed, rows, known=known), make(seed, rows, known=known)
     state = torch.get_rng_state()
@@ -123,7 +126,8 @@ def test_the_other_row_is_any_other_row_equally_often():
 @given(seeds, st.floats(0, 1), st.floats(0, 1))
 def test_more_corruption_hits_the_same_rows_and_more(seed, p, q):
     data = make(seed, 40)
-    for run in (lambda r: corrupt(data, {"a": r, "c": r}, Missing(), generator(seed)), lambda r: corrupt_one(data, ["a", "b"], r, Missing(), generator(seed))):
+    for run in (lambda r: corrupt(data, {"a": r, "c": r}, Missing(), generator(seed)),
+                lambda r: corrupt_one(data, ["a", "b"], r, Missing(), generator(seed))):
         assert not (run(min(p, q)).corrupted & ~run(max(p, q)).corrupted).any()
 
 
@@ -143,7 +147,8 @@ def test_a_split_is_a_partition(seed, rows, shares):
         at = torch.tensor([data.ids.index(i) for i in part.ids])                 # and everything goes with it
         assert torch.equal(there(part), there(data)[at]) and torch.equal(part.corrupted, data.corrupted[at])
         for name in data.names: assert same(part.modalities[name], data.modalities[name][at])
-    assert [r.tolist() for r in split_rows(rows, fractions, generator(seed))] == [[data.ids.index(i) for i in p.ids] for p in parts]
+    places = [[data.ids.index(i) for i in p.ids] for p in parts]
+    assert [r.tolist() for r in split_rows(rows, fractions, generator(seed))] == places
 
 
 @settings(max_examples=30, deadline=None)
@@ -164,7 +169,7 @@ def test_corrupted_splits_are_the_rows_as_they_were_read(seed, rows, p, kind):
     data = make(seed, rows, absent=0.1)
     data = MultimodalDataset({name: 1000 + 50*x for name, x in data.modalities.items()}, data.present, ids=data.ids)
     try: parts = corrupted_splits(data, p, generator(seed), kind)
-    except MissingError: return                                                  # a part may have no other row to swap with
+    except MissingError: return                                                  # a part may have no other row
     assert sorted(i for part in parts for i in part.ids) == sorted(data.ids)
     for part in parts:
         at = torch.tensor([data.ids.index(i) for i in part.ids])
@@ -176,15 +181,18 @@ def test_corrupted_splits_are_the_rows_as_they_were_read(seed, rows, p, kind):
 
 
 @pytest.mark.parametrize("wrong, error, words", [
-    (dict(corruption="noise"), UnknownNameError, "corruption: 'noise' is unknown"), (dict(p=1.5), RangeError, "p must lie in"),
-    (dict(fractions=(0.5, 0.6)), RangeError, "fractions must be positive with sum 1"), (dict(fractions=(0.98, 0.01, 0.01)), RangeError, "leave a part empty")])
+    (dict(corruption="noise"), UnknownNameError, "corruption: 'noise' is unknown"),
+    (dict(p=1.5), RangeError, "p must lie in"),
+    (dict(fractions=(0.5, 0.6)), RangeError, "fractions must be positive with sum 1"),
+    (dict(fractions=(0.98, 0.01, 0.01)), RangeError, "leave a part empty")])
 def test_a_split_that_cannot_be_is_named(wrong, error, words):
     with pytest.raises(error, match=words): corrupted_splits(make(0, 20), **{"p": 0.5, **wrong})
 
 
 def test_names_of_columns_follow_the_modalities():
     data = MultimodalDataset({"a": torch.ones(4, 2), "b": torch.ones(4, 1)}, columns={"a": ["x", "y"], "b": ["z"]})
-    assert data.select(["b", "a"])[1:3].columns == {"b": ["z"], "a": ["x", "y"]} and data.select("b").split((0.5, 0.5))[0].columns == {"b": ["z"]}
+    assert data.select(["b", "a"])[1:3].columns == {"b": ["z"], "a": ["x", "y"]}
+    assert data.select("b").split((0.5, 0.5))[0].columns == {"b": ["z"]}
     assert corrupt_one(data, ["a"], 1., Swap(), generator(0)).columns == data.columns
     with pytest.raises(ShapeError, match="must name each of the 2 columns, got 1"): replace(data, columns={"a": ["x"]})
 
@@ -192,13 +200,16 @@ def test_names_of_columns_follow_the_modalities():
 # Synthetic-XNOR
 
 @settings(max_examples=60, deadline=None)
-@given(seeds, st.sampled_from(["swap", "gaussian", "flip", "missing"]), st.sampled_from(["one", "each"]), st.sampled_from(["full", "xnor"]),
-       st.sampled_from([0., 0.4, 1.]), st.integers(8, 12), st.integers(0, 5), st.sampled_from([0.5, 1., 3.]), st.sampled_from([0., 3.]))
+@given(seeds, st.sampled_from(["swap", "gaussian", "flip", "missing"]), st.sampled_from(["one", "each"]),
+       st.sampled_from(["full", "xnor"]),
+       st.sampled_from([0., 0.4, 1.]), st.integers(8, 12), st.integers(0, 5), st.sampled_from([0.5, 1., 3.]),
+       st.sampled_from([0., 3.]))
 def test_xnor_is_a_product_where_it_is_clean(seed, corruption, which, signal, p, n_bits, spare, scale, noise):
     width = n_bits * (3 if signal == "full" else 1)
-    options = dict(rows=40, corruption=corruption, which=which, signal=signal, n_bits=n_bits, dim=width + spare, p_flip=1.,
+    options = dict(rows=40, corruption=corruption, which=which, signal=signal, n_bits=n_bits, dim=width + spare,
+                   p_flip=1.,
                    signal_scale=scale, noise_std=noise)
-    data, pure = synthetic_xnor(p=p, **options, generator=generator(seed)), synthetic_xnor(p=0., **options, generator=generator(seed))
+    data, pure = (synthetic_xnor(p=q, **options, generator=generator(seed)) for q in (p, 0.))
     A, B, C = (x[:, :width] / scale for x in data.modalities.values())
     clean, hit = ~data.corrupted.any(1), data.corrupted
     assert torch.equal((B * C)[clean], A[clean]) and torch.equal(A.abs(), torch.ones_like(A))
@@ -235,7 +246,8 @@ def test_a_join_is_a_lookup_in_a_dict(tmp_path_factory, data):
         if suffix == "csv": frame.to_csv(path, index=False)
         else: (frame.set_index("id") if suffix == "index.parquet" else frame).to_parquet(path)
         tables[path] = table
-    stranger = [t for t in tables if len(tables) > 1 and not any(set(tables[t]) & set(tables[o]) for o in tables if o != t)]
+    def alone(t): return not any(set(tables[t]) & set(tables[o]) for o in tables if o != t)
+    stranger = [t for t in tables if len(tables) > 1 and alone(t)]
     if stranger:
         with pytest.raises(DataError, match=f"ids of '{stranger[0].stem}' join with no other"):
             load_tabular(list(tables))
@@ -249,7 +261,8 @@ def test_a_join_is_a_lookup_in_a_dict(tmp_path_factory, data):
         expected = torch.tensor([[torch.nan if v is None else v for v in table.get(i, [None]*width)] for i in ids])
         assert same(got.modalities[path.stem], expected)
         assert torch.equal(got.is_present(path.stem), ~expected.isnan().all(1))
-    assert load_tabular(list(tables), names=[path.stem for path in reversed(tables)]).names == [path.stem for path in reversed(tables)]
+    backwards = [path.stem for path in reversed(tables)]
+    assert load_tabular(list(tables), names=backwards).names == backwards
 
 
 # A person's files
@@ -272,14 +285,16 @@ def refused(error, *parts, source, **options):
 
 
 NPZ = {
-    "mismatched rows": (dict(scan=np.ones((3, 2)), blood=np.ones(2)), ShapeError, ["same rows", "'scan': 3", "'blood': 2"]),
+    "mismatched rows": (dict(scan=np.ones((3, 2)), blood=np.ones(2)), ShapeError,
+                        ["same rows", "'scan': 3", "'blood': 2"]),
     "ids for other rows": (dict(scan=np.ones(3), id=["a", "b"]), ShapeError, ["3 rows", "got 2"]),
     "duplicate ids": (dict(scan=np.ones(3), id=["a", "b", "b"]), DataError, ["duplicate", "'b'", "bad.npz"]),
     "blank id": (dict(scan=np.ones(2), id=["a", " "]), DataError, ["id missing", "row 1", "bad.npz"]),
     "ids with a fraction": (dict(scan=np.ones(2), id=[1., 2.]), DtypeError, ["ids", "float64", "bad.npz"]),
     "ids of bytes": (dict(scan=np.ones(2), id=[b"a", b"b"]), DtypeError, ["ids", "text", "bad.npz"]),
     "text": (dict(scan=np.ones(2), sex=["f", "m"]), DtypeError, ["'sex'", "no numbers", "bad.npz"]),
-    "dates": (dict(day=np.array(["2020-01-01"], dtype="datetime64[D]")), DtypeError, ["'day'", "datetime64", "bad.npz"]),
+    "dates": (dict(day=np.array(["2020-01-01"], dtype="datetime64[D]")), DtypeError,
+              ["'day'", "datetime64", "bad.npz"]),
     "complex": (dict(scan=np.array([1j])), DtypeError, ["'scan'", "complex128"]),
     "fields": (dict(scan=np.zeros(2, dtype=[("x", int), ("y", int)])), DtypeError, ["'scan'", "no numbers"]),
     "infinity": (dict(scan=np.array([[1.], [np.inf]])), NonFiniteError, ["'scan'", "infinity", "[1]"]),
@@ -293,7 +308,8 @@ NPZ = {
     "no zip": (b"hello", DataError, ["bad.npz", "no npz"]),
     "no bytes": (b"", DataError, ["bad.npz", "no npz"]),
     "a table of ids": (dict(scan=np.ones(2), id=[["a"], ["b"]]), GatedSymileError, ["id", "bad.npz"]),
-    "ids with fields": (dict(scan=np.ones(2), id=np.zeros(2, dtype=[("x", int), ("y", int)])), GatedSymileError, ["id", "bad.npz"]),
+    "ids with fields": (dict(scan=np.ones(2), id=np.zeros(2, dtype=[("x", int), ("y", int)])), GatedSymileError,
+                        ["id", "bad.npz"]),
 }
 
 @pytest.mark.parametrize("case", NPZ)
@@ -357,9 +373,11 @@ PARQUET = {
     "no id column": (dict(x=[1., 2.]), DataError, ["no id column 'id'", "['x']"]),
     "no rows": (dict(id=[], x=[]), DataError, ["no rows"]),
     "missing id": (dict(id=["a", None], x=[1, 2]), DataError, ["id missing in 1 rows"]),
-    "whole ids with a hole": (dict(id=pd.array([1, None], dtype="Int64"), x=[1, 2]), DataError, ["id missing in 1 rows"]),
+    "whole ids with a hole": (dict(id=pd.array([1, None], dtype="Int64"), x=[1, 2]), DataError,
+                              ["id missing in 1 rows"]),
     "ids with a fraction": (dict(id=[1., 2.], x=[1, 2]), DtypeError, ["whole numbers or text", "float64"]),
-    "dates as ids": (dict(id=pd.to_datetime(["2020", "2021"]), x=[1, 2]), DtypeError, ["whole numbers or text", "datetime"]),
+    "dates as ids": (dict(id=pd.to_datetime(["2020", "2021"]), x=[1, 2]), DtypeError,
+                     ["whole numbers or text", "datetime"]),
     "duplicate ids": (dict(id=[7, 7], x=[1, 2]), DataError, ["1 duplicate ids", "'7'"]),
     "text": (dict(id=["a", "b"], x=["1", "2"]), DtypeError, ["['x']"]),
     "lists": (dict(id=["a", "b"], x=[[1, 2], [3]]), DtypeError, ["['x']"]),
@@ -382,7 +400,8 @@ def test_an_id_that_is_both_index_and_column_is_named(tmp_path):
 
 @pytest.mark.parametrize("names", [["id", "x"], ["x", "id"]])
 def test_an_index_level_that_is_also_a_column_is_named(tmp_path, names):
-    pd.DataFrame(dict(x=[1]), index=pd.MultiIndex.from_arrays([["a"], ["b"]], names=names)).to_parquet(tmp_path/"bad.parquet")
+    index = pd.MultiIndex.from_arrays([["a"], ["b"]], names=names)
+    pd.DataFrame(dict(x=[1]), index=index).to_parquet(tmp_path/"bad.parquet")
     refused(DataError, "bad.parquet", "index", "x", source=tmp_path/"bad.parquet")
 
 
@@ -474,7 +493,8 @@ def test_what_is_partly_empty_is_a_hole_and_what_is_empty_is_absent(tmp_path):
 @pytest.mark.parametrize("others", ["1", ""])
 def test_a_number_too_large_is_not_called_text(tmp_path, number, others):
     write(tmp_path/"blood.csv", f"id,iron\na,{number}\nb,{others}\n")
-    refused(NonFiniteError, "blood.csv: infinity (or a value too large for float32) in 1 columns, such as ['iron']", source=tmp_path/"blood.csv")
+    refused(NonFiniteError, "blood.csv: infinity (or a value too large for float32) in 1 columns, such as ['iron']",
+            source=tmp_path/"blood.csv")
 
 
 # Damage

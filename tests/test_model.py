@@ -1,4 +1,4 @@
-"A model knows its rows: what is standardised otherwise, of other columns, or of another make is refused, and a file holds all of it."
+"A model knows its rows: what is standardised otherwise, or of other columns, is refused, and a file holds all of it."
 import copy
 import json
 import os
@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from gated_symile.core import DataError, DtypeError, MissingError, ShapeError, UnknownNameError, generator, unit, whole_file
+from gated_symile.core import (DataError, DtypeError, MissingError, ShapeError, UnknownNameError, generator, unit,
+                               whole_file)
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.mfeat import MFEAT_VIEWS, mfeat, mfeat_digits
 from gated_symile.encoders import MLP
@@ -26,7 +27,8 @@ from gated_symile.training import fit
 DIM = 16
 VIEWS = ("pix", "fou", "zer")
 OBJECTIVES = {
-    "PairwiseCLIP": {}, "GRAM": {}, "TRIANGLE": {}, "Symile": {"negatives": "candidates"}, "SubsetSymile": {"penalty": 2.},
+    "PairwiseCLIP": {}, "GRAM": {}, "TRIANGLE": {}, "Symile": {"negatives": "candidates"},
+    "SubsetSymile": {"penalty": 2.},
     "GatedSymile": {"weighting": "sigmoid", "null": True, "key_dim": 8},
 }
 
@@ -64,7 +66,7 @@ def same(a, b):
 # Raw rows go in
 
 def test_the_model_standardises_whatever_comes(trained):
-    "A dataset, a dict of tensors, one modality: the same embeddings, as if the rows had been standardised by its means and scales."
+    "A dataset, a dict, one modality: the same embeddings, those of rows standardised by its means and scales."
     model, test = trained
     plain = MultimodalModel(dict(zip(VIEWS, model.encoders.values())), model.objective, standardise=False)
     by_hand = {name: model.standardiser(name, x) for name, x in test.modalities.items()}
@@ -136,9 +138,13 @@ def test_every_way_in_refuses_them(trained, tmp_path):
     from gated_symile.bank import encode_bank, retrieve, save_bank
     model, test = trained
     wrong = standardised(test)
-    for use in (lambda rows: model(rows), model.loss, model.embed, lambda rows: rank_dataset(model, rows, "pix"), lambda rows: encode_bank(model, rows, "pix"),
-                lambda rows: retrieve(model, rows, rows, "pix", progress=False), lambda rows: save_bank(model, rows, "pix", tmp_path/"bank.npy"),
-                lambda rows: fit(copy.deepcopy(model), test, rows, "pix", progress=False), lambda rows: fit(copy.deepcopy(model), rows, test, "pix", progress=False)):
+    again = copy.deepcopy(model)
+    for use in (model, model.loss, model.embed,
+                lambda rows: rank_dataset(model, rows, "pix"), lambda rows: encode_bank(model, rows, "pix"),
+                lambda rows: retrieve(model, rows, rows, "pix", progress=False),
+                lambda rows: save_bank(model, rows, "pix", tmp_path/"bank.npy"),
+                lambda rows: fit(again, test, rows, "pix", progress=False),
+                lambda rows: fit(again, rows, test, "pix", progress=False)):
         with pytest.raises(DataError, match="Give rows as they were read"): use(wrong)
 
 
@@ -160,8 +166,10 @@ def test_only_what_the_model_reads_has_to_fit(trained):
     (["x"], ShapeError, r"'a' has 2 columns in train but 1 here: lacks \['y'\]")])
 def test_columns_have_to_be_those_of_the_training_rows(columns, error, words, tmp_path):
     "Before saving and after."
-    train = MultimodalDataset({"a": torch.tensor([[1., 2], [3, 5]]), "b": torch.tensor([[1.], [2]])}, columns={"a": ["x", "y"]})
-    rows = MultimodalDataset({"a": torch.ones(4, len(columns or "ab")), "b": torch.ones(4, 1)}, columns=columns and {"a": columns})
+    train = MultimodalDataset({"a": torch.tensor([[1., 2], [3, 5]]), "b": torch.tensor([[1.], [2]])},
+                              columns={"a": ["x", "y"]})
+    rows = MultimodalDataset({"a": torch.ones(4, len(columns or "ab")), "b": torch.ones(4, 1)}, columns=columns
+                             and {"a": columns})
     model = make(names="ab", sizes=[2, 1])
     model.standardiser.fit(train)
     model.save(tmp_path/"m.safetensors")
@@ -217,7 +225,8 @@ def test_round_trip(name, tmp_path):
     model.save(path, {"objective": name, "p": [0, 0.5]})
     state = torch.get_rng_state()
     again = MultimodalModel.load(path)
-    assert torch.equal(state, torch.get_rng_state()) and not again.training and read_about(path) == {"objective": name, "p": [0, 0.5]}
+    assert torch.equal(state, torch.get_rng_state()) and not again.training
+    assert read_about(path) == {"objective": name, "p": [0, 0.5]}
     assert again.names == list(VIEWS) and same(again.state_dict(), model.state_dict())
     assert same(again.embed(data), model.embed(data)) and again.objective.settings() == model.objective.settings()
     before = path.read_bytes()
@@ -236,7 +245,8 @@ def test_modalities_may_be_called_anything(tmp_path):
     fit(model, data, data, "type", epochs=1, progress=False)
     model.save(tmp_path/"odd.safetensors")
     again = MultimodalModel.load(tmp_path/"odd.safetensors")
-    assert again.names == sorted(again.standardiser.names, key=ODD.index) == ODD and same(again.embed(data), model.embed(data))
+    assert again.names == sorted(again.standardiser.names, key=ODD.index) == ODD
+    assert same(again.embed(data), model.embed(data))
 
 
 @settings(max_examples=100, deadline=None)
@@ -265,9 +275,12 @@ def save(tmp_path, *args, **options):
 
 @pytest.mark.parametrize("saved, given, words", [
     (dict(name="SubsetSymile"), "Symile", "the objective is SubsetSymile in the file, Symile here"),
-    (dict(name="GatedSymile"), dict(name="GatedSymile", weighting="softmax"), "weighting of the objective is 'sigmoid' in the file, 'softmax' here"),
-    (dict(name="GatedSymile"), dict(name="GatedSymile", null=False), "null of the objective is True in the file, False here"),
-    (dict(name="Symile"), dict(name="Symile", negatives="shuffle"), "negatives of the objective is 'candidates' in the file, 'shuffle' here"),
+    (dict(name="GatedSymile"), dict(name="GatedSymile", weighting="softmax"),
+     "weighting of the objective is 'sigmoid' in the file, 'softmax' here"),
+    (dict(name="GatedSymile"), dict(name="GatedSymile", null=False),
+     "null of the objective is True in the file, False here"),
+    (dict(name="Symile"), dict(name="Symile", negatives="shuffle"),
+     "negatives of the objective is 'candidates' in the file, 'shuffle' here"),
     (dict(name="Symile"), dict(name="Symile", log_scale=1.), "log_scale of the objective is 0.0 in the file, 1.0 here"),
 ])
 def test_weights_of_another_objective_are_refused(saved, given, words, tmp_path):
@@ -289,7 +302,8 @@ def test_modalities_in_another_order_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("encoder, words", [
-    (MLP(7, DIM, width=24), "in_features of the encoder of 'b' is 8 in the file, 7 here; .*is .24, 8. in the file, .24, 7. here"),
+    (MLP(7, DIM, width=24),
+     "in_features of the encoder of 'b' is 8 in the file, 7 here; .*is .24, 8. in the file, .24, 7. here"),
     (MLP(8, DIM, width=25), "width of the encoder of 'b' is 24 in the file, 25 here"),
     (MLP(8, DIM, width=24, dropout=0.5), "dropout of the encoder of 'b' is 0.0 in the file, 0.5 here"),
     (nn.Linear(8, DIM), "the encoder of 'b' is MLP in the file, Linear here"),
@@ -313,7 +327,8 @@ class Distance(nn.Module):
 def test_parts_of_ones_own_are_passed_in(tmp_path):
     data = mfeat(VIEWS)[::10]
     def parts():
-        return {name: nn.Sequential(nn.Linear(x.shape[1], DIM), nn.BatchNorm1d(DIM)) for name, x in data.modalities.items()}
+        return {name: nn.Sequential(nn.Linear(x.shape[1], DIM), nn.BatchNorm1d(DIM))
+                for name, x in data.modalities.items()}
     model, path = MultimodalModel(parts(), Distance()), tmp_path/"own.safetensors"
     fit(model, data, data, "pix", epochs=2, progress=False)
     model.save(path)
@@ -338,10 +353,13 @@ def test_shared_encoders_are_saved_too(tmp_path):
 
 
 def test_numbers_and_paths_are_made_plain_before_anything_is_written(tmp_path):
-    model = MultimodalModel({n: MLP(np.int64(3), np.int32(4), width=np.int64(5), dropout=np.float32(0.5)) for n in "ab"}, make_objective("Symile", 2, 4))
-    about = {"out": tmp_path, "rate": np.float32(0.5), "n": np.int64(3), "device": torch.device("cpu"), "loss": torch.tensor(2.), "p": (1, 2)}
+    sizes = dict(in_features=np.int64(3), dim=np.int32(4), width=np.int64(5), dropout=np.float32(0.5))
+    model = MultimodalModel({name: MLP(**sizes) for name in "ab"}, make_objective("Symile", 2, 4))
+    about = {"out": tmp_path, "rate": np.float32(0.5), "n": np.int64(3), "device": torch.device("cpu"),
+             "loss": torch.tensor(2.), "p": (1, 2)}
     model.save(tmp_path/"model.safetensors", about)
-    assert read_about(tmp_path/"model.safetensors") == {"out": str(tmp_path), "rate": 0.5, "n": 3, "device": "cpu", "loss": 2., "p": [1, 2]}
+    plain = {"out": str(tmp_path), "rate": 0.5, "n": 3, "device": "cpu", "loss": 2., "p": [1, 2]}
+    assert read_about(tmp_path/"model.safetensors") == plain
     assert MultimodalModel.load(tmp_path/"model.safetensors").encoders["a"].settings()["width"] == 5
     before = (tmp_path/"model.safetensors").read_bytes()
     with pytest.raises(DtypeError, match="what JSON can't"): model.save(tmp_path/"model.safetensors", {"model": model})
@@ -415,14 +433,16 @@ def test_forward_compiles_whole(holes):
     model.standardiser.fit(data)
     present = torch.rand(64, 3, generator=generator(0)) > 0.3 if holes else None
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(compiled(data.modalities, present), model(data.modalities, present)))
+    for a, b in zip(compiled(data.modalities, present), model(data.modalities, present)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_rows_of_any_shape_and_type():
     "Tokens and pictures in a dict: an encoder of one's own takes them as they are."
     tokens, pictures = torch.randint(9, (5, 4)), torch.rand(5, 3, 2, 2)
     words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, DIM))
-    model = MultimodalModel({"words": words, "picture": nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))}, make().objective)
+    picture = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
+    model = MultimodalModel({"words": words, "picture": picture}, make().objective)
     present = torch.tensor([[True, True]]*4 + [[False, True]])
     assert [tuple(e.shape) for e in model({"words": tokens, "picture": pictures}, present)] == [(5, DIM)]*2
 

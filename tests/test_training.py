@@ -1,4 +1,4 @@
-"""Training as a whole: the same bits again, holes that never reach a weight, objectives that learn, interruption, and failure."""
+"Training as a whole: the same bits again, holes that never reach a weight, learning, interruption, failure, own parts."
 import hashlib
 import os
 import random
@@ -38,14 +38,16 @@ def views(rows, seed=0, features=8):
     """Three mixtures of the same 4 hidden numbers, with a little noise."""
     hidden, noise = torch.randn(rows, 4, generator=generator(seed)), generator(seed + 1000)
     mix = {name: torch.randn(4, features, generator=generator(m)) for m, name in enumerate("ABC")}
-    return MultimodalDataset({name: hidden @ w + 0.1*torch.randn(rows, features, generator=noise) for name, w in mix.items()})
+    def seen(w): return hidden @ w + 0.1*torch.randn(rows, features, generator=noise)
+    return MultimodalDataset({name: seen(w) for name, w in mix.items()})
 
 
 def make(objective="Symile", seed=0, standardise=True, **kwargs):
     """A small model; the same seed gives the same initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MultimodalModel({name: MLP(8, DIM, width=48, depth=1, **kwargs) for name in "ABC"}, OBJECTIVES[objective](), standardise)
+        encoders = {name: MLP(8, DIM, width=48, depth=1, **kwargs) for name in "ABC"}
+        return MultimodalModel(encoders, OBJECTIVES[objective](), standardise)
 
 
 def weights(model): return {name: x.clone() for name, x in model.state_dict().items()}
@@ -75,10 +77,15 @@ def train_with_everything_random():
     return digest(model)
 
 
+def elsewhere(code, **variables):
+    "Run code in another process, with this module as `t`."
+    here = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nimport test_training as t\n"
+    return subprocess.run([sys.executable, "-c", here + code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
 def test_another_process_gets_the_same_bits():
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_training as t; print(t.train_with_everything_random())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
-                          env={**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = elsewhere("print(t.train_with_everything_random())", PYTHONHASHSEED="17")
     torch.manual_seed(99)  # whatever state others left is of no influence
     assert done.stdout.strip() == train_with_everything_random()
 
@@ -105,7 +112,8 @@ def test_fit_is_the_plain_loop():
     plain.standardiser.fit(TRAIN)
     fit(by_fit, TRAIN, VALID, target="A", epochs=1, batch_size=50, warmup_steps=10, clip=0.5, progress=False)
     decayed, other = list(plain.encoders.parameters()), list(plain.objective.parameters())
-    optimiser = AdamWScheduleFree([dict(params=decayed, weight_decay=0.01), dict(params=other)], lr=1e-3, betas=(0.9, 0.95), eps=1e-7,
+    optimiser = AdamWScheduleFree([dict(params=decayed, weight_decay=0.01), dict(params=other)], lr=1e-3,
+                                  betas=(0.9, 0.95), eps=1e-7,
                                   weight_decay=0., warmup_steps=10)
     optimiser.train()
     for rows in near_equal_batches(160, 50, generator(0)):
@@ -143,14 +151,16 @@ def test_rows_left_out_are_counted():
     valid_present[:7, 0] = False  # no target
     valid_present[7:9, 1:] = False  # no query
     with pytest.warns(UserWarning) as caught:
-        fit(make(), MultimodalDataset(TRAIN.modalities, present), MultimodalDataset(VALID.modalities, valid_present), **QUICK)
+        fit(make(), MultimodalDataset(TRAIN.modalities, present), MultimodalDataset(VALID.modalities, valid_present),
+            **QUICK)
     said = " | ".join(str(w.message) for w in caught)
     assert "train: 5 of 160 rows left out" in said and "valid: 9 of 60 rows left out" in said and len(caught) == 2
 
 
 # Rows as they were read
 
-PATIENTS, LATER = (MultimodalDataset({"A": 5 + 3*rows.modalities["A"], "B": rows.modalities["B"]/100, "C": rows.modalities["C"]})
+PATIENTS, LATER = (MultimodalDataset({"A": 5 + 3*rows.modalities["A"], "B": rows.modalities["B"]/100,
+                                      "C": rows.modalities["C"]})
                    for rows in (TRAIN, VALID))
 
 
@@ -159,7 +169,8 @@ def test_means_and_scales_are_those_of_the_training_rows():
     fit(model, PATIENTS, LATER, **QUICK)
     for name, x in PATIENTS.modalities.items():
         z = model.standardiser(name, x)
-        torch.testing.assert_close((z.mean(0), z.std(0, correction=0)), (torch.zeros(8), torch.ones(8)), atol=1e-4, rtol=0)
+        torch.testing.assert_close((z.mean(0), z.std(0, correction=0)), (torch.zeros(8), torch.ones(8)), atol=1e-4,
+                                   rtol=0)
     known = weights(model.standardiser)
     fit(model, PATIENTS[:80], LATER, **QUICK)                                    # trained further, it keeps them
     assert same(weights(model.standardiser), known)
@@ -168,15 +179,18 @@ def test_means_and_scales_are_those_of_the_training_rows():
 def test_standardising_inside_changes_no_bit_of_the_training():
     inside, by_hand = make(), make(standardise=False)
     fit(inside, PATIENTS, LATER, **QUICK)
-    fit(by_hand, *(MultimodalDataset({n: inside.standardiser(n, x) for n, x in rows.modalities.items()}) for rows in (PATIENTS, LATER)), **QUICK)
+    def scaled(rows): return MultimodalDataset({n: inside.standardiser(n, x) for n, x in rows.modalities.items()})
+    fit(by_hand, scaled(PATIENTS), scaled(LATER), **QUICK)
     assert same(weights(inside.encoders), weights(by_hand.encoders))
 
 
 def test_holes_are_filled_and_told_once():
-    holes = MultimodalDataset({**PATIENTS.modalities, "B": PATIENTS.modalities["B"].index_fill(1, torch.tensor([2]), torch.nan)})
+    b = PATIENTS.modalities["B"].index_fill(1, torch.tensor([2]), torch.nan)
+    holes = MultimodalDataset({**PATIENTS.modalities, "B": b})
     holes.modalities["B"][:4, 2] = torch.arange(4.)
     with pytest.warns(UserWarning) as caught: history = fit(make(), holes, LATER, **QUICK)
-    assert [str(w.message) for w in caught] == ["missing values filled with the training mean: B 156 of 1280"] and len(history) == 3
+    assert [str(w.message) for w in caught] == ["missing values filled with the training mean: B 156 of 1280"]
+    assert len(history) == 3
     with pytest.raises(NonFiniteError, match="epoch 1, step 1: modality 'B' has NaN"):
         fit(make(standardise=False), holes, LATER, **QUICK)
 
@@ -186,7 +200,8 @@ def test_rows_standardised_by_hand_are_refused(part):
     model = make()
     fit(model, PATIENTS, LATER, **QUICK)
     before = weights(model)
-    wrong = {part: MultimodalDataset({n: (x - x.mean(0)) / x.std(0) for n, x in (PATIENTS if part == "train" else LATER).modalities.items()})}
+    rows = {"train": PATIENTS, "valid": LATER}[part]
+    wrong = {part: MultimodalDataset({n: (x - x.mean(0)) / x.std(0) for n, x in rows.modalities.items()})}
     with pytest.raises(DataError, match=f"^{part}: 'A': .*Give rows as they were read"):
         fit(model, **{**dict(train=PATIENTS, valid=LATER), **QUICK, **wrong})
     assert same(weights(model), before)
@@ -214,7 +229,8 @@ def test_an_unlucky_batch_is_skipped_and_counted():
     losses = model.objective.losses
     skipped = sum(loss is None for loss, _ in losses)
     assert len(losses) == 72 and 20 < skipped < 60
-    told = f"train: {skipped} of 72 batches skipped (present: no pair of modalities is present in 2 rows, so nothing can be contrasted); larger batches make that rarer"
+    told = (f"train: {skipped} of 72 batches skipped (present: no pair of modalities is present in 2 rows, "
+            "so nothing can be contrasted); larger batches make that rarer")
     assert [str(w.message) for w in caught] == [told]
     for epoch, loss in enumerate(history["train_loss"]):
         used = [(value, n) for value, n in losses[24*epoch:24*(epoch + 1)] if value is not None]
@@ -225,8 +241,10 @@ def test_skipping_is_the_plain_loop_without_those_batches():
     by_fit, plain = make("PairwiseCLIP"), make("PairwiseCLIP")
     plain.standardiser.fit(TWO_OF_THREE)
     with pytest.warns(UserWarning, match="batches skipped"):
-        fit(by_fit, TWO_OF_THREE, VALID, target="A", epochs=1, batch_size=2, warmup_steps=3, weight_decay=0., clip=1e9, progress=False)
-    optimiser = AdamWScheduleFree(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-7, weight_decay=0., warmup_steps=3)
+        fit(by_fit, TWO_OF_THREE, VALID, target="A", epochs=1, batch_size=2, warmup_steps=3, weight_decay=0., clip=1e9,
+            progress=False)
+    optimiser = AdamWScheduleFree(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.,
+                                  warmup_steps=3)
     optimiser.train()
     for rows in near_equal_batches(48, 2, generator(0)):
         if rows[0] % 3 != rows[1] % 3: continue                                   # they share one modality, and no pair
@@ -246,9 +264,11 @@ def test_an_epoch_without_any_batch_is_an_error():
 
 def test_numbers_of_numpy_train_too():
     one, two = make(), make()
-    settings = dict(epochs=2, batch_size=50, patience=1, bank_size=20, warmup_steps=3, seed=4, learning_rate=0.5, weight_decay=0.25, clip=0.5)
+    settings = dict(epochs=2, batch_size=50, patience=1, bank_size=20, warmup_steps=3, seed=4, learning_rate=0.5,
+                    weight_decay=0.25, clip=0.5)
     fit(one, TRAIN, VALID, "A", **settings, progress=False)
-    fit(two, TRAIN, VALID, "A", **{name: np.int64(x) if isinstance(x, int) else np.float32(x) for name, x in settings.items()}, progress=False)
+    numpys = {name: np.int64(x) if isinstance(x, int) else np.float32(x) for name, x in settings.items()}
+    fit(two, TRAIN, VALID, "A", **numpys, progress=False)
     assert digest(one) == digest(two)
 
 
@@ -258,7 +278,8 @@ def test_numbers_of_numpy_train_too():
 def test_every_objective_learns(name):
     model, test = make(name), views(100, seed=2)
     before = rank_dataset(model, test, "A")[0].top(1).mean()
-    fit(model, views(400), views(100, seed=1), target="A", epochs=12, learning_rate=1e-2, batch_size=50, warmup_steps=20, progress=False)
+    fit(model, views(400), views(100, seed=1), target="A", epochs=12, learning_rate=1e-2, batch_size=50,
+        warmup_steps=20, progress=False)
     after = rank_dataset(model, test, "A")[0].top(1).mean()
     assert before < 0.15 and after > 0.75, f"{name}: top-1 of 100 from {before:.2f} to {after:.2f}"
 
@@ -289,7 +310,8 @@ def test_early_stopping_keeps_the_best():
         torch.manual_seed(0)
         models[epochs] = MultimodalModel({name: MLP(8, DIM) for name in "ABC"}, Scripted(good={2}))
         histories[epochs] = fit(models[epochs], TRAIN, VALID[:16], **{**QUICK, "epochs": epochs}, patience=3)
-    assert histories[20]["valid_top1"].tolist() == [1/16, 1, 1/16, 1/16, 1/16] and histories[20]["best"].tolist() == [False, True] + [False]*3
+    assert histories[20]["valid_top1"].tolist() == [1/16, 1, 1/16, 1/16, 1/16]
+    assert histories[20]["best"].tolist() == [False, True] + [False]*3
     assert same(weights(models[20]), weights(models[2]))  # three more epochs have left no trace
 
 
@@ -323,7 +345,8 @@ def with_trouble(**kwargs):
 def test_an_interrupt_keeps_the_best_and_goes_on_to_who_started_it():
     whole, cut = with_trouble(at=0), with_trouble(at=4*3 + 2)  # 4 batches an epoch: in the fourth epoch
     fit(whole, TRAIN, VALID, **QUICK)
-    with pytest.warns(UserWarning, match="interrupted in epoch 4: the weights are those of epoch [123]$"), pytest.raises(KeyboardInterrupt):
+    words = "interrupted in epoch 4: the weights are those of epoch [123]$"
+    with pytest.warns(UserWarning, match=words), pytest.raises(KeyboardInterrupt):
         fit(cut, TRAIN, VALID, **{**QUICK, "epochs": 50})
     assert same(weights(cut), weights(whole))
     assert not cut.training and len(fit(cut, TRAIN, VALID, **QUICK)) == 3
@@ -332,9 +355,9 @@ def test_an_interrupt_keeps_the_best_and_goes_on_to_who_started_it():
 def test_an_interrupt_in_the_first_epoch_leaves_the_model_as_it_was():
     model = with_trouble(at=2)
     before = weights(model)
-    with pytest.warns(UserWarning, match="interrupted in epoch 1: the weights are as before, since no epoch was finished") as caught, \
-         pytest.raises(KeyboardInterrupt): fit(model, TRAIN, VALID, **QUICK)
-    assert same(weights(model), before) and not model.standardiser.fitted and not any("epoch 0" in str(w.message) for w in caught)
+    words = "interrupted in epoch 1: the weights are as before, since no epoch was finished"
+    with pytest.warns(UserWarning, match=words), pytest.raises(KeyboardInterrupt): fit(model, TRAIN, VALID, **QUICK)
+    assert same(weights(model), before) and not model.standardiser.fitted
     fit(model, TRAIN, VALID, **QUICK)
     whole = with_trouble(at=0)
     fit(whole, TRAIN, VALID, **QUICK)
@@ -343,12 +366,12 @@ def test_an_interrupt_in_the_first_epoch_leaves_the_model_as_it_was():
 
 def test_ctrl_c_of_a_process_is_no_finished_training():
     "A real signal: the process ends by it, and what comes after `fit` is never reached."
-    code = f"""import sys, os, signal; sys.path.insert(0, {os.path.dirname(__file__)!r})
-import test_training as t
-t.fit(t.make(), t.TRAIN, t.VALID, **{{**t.QUICK, "epochs": 1000, "patience": None}}, callbacks=[lambda line: line["epoch"] == 2 and os.kill(os.getpid(), signal.SIGINT)])
-print("finished")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode != 0 and "finished" not in done.stdout and "KeyboardInterrupt" in done.stderr and "the weights are those of epoch" in done.stderr
+    done = elsewhere("""import os, signal
+def press(line): line["epoch"] == 2 and os.kill(os.getpid(), signal.SIGINT)
+t.fit(t.make(), t.TRAIN, t.VALID, **{**t.QUICK, "epochs": 1000, "patience": None}, callbacks=[press])
+print("finished")""")
+    assert done.returncode != 0 and "finished" not in done.stdout
+    assert "KeyboardInterrupt" in done.stderr and "the weights are those of epoch" in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights():
@@ -361,7 +384,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights():
 def test_a_gradient_that_is_not_finite_stops_too():
     class Root(PairwiseCLIP):  # the square root of 0 has an infinite slope, and a finite value
         def forward(self, embeddings, present=None, generator=None):
-            return super().forward(embeddings) + (embeddings[0] - embeddings[0].detach()).norm(dim=1).square().sum().sqrt()
+            nothing = embeddings[0] - embeddings[0].detach()
+            return super().forward(embeddings) + nothing.norm(dim=1).square().sum().sqrt()
     model = MultimodalModel({name: MLP(8, DIM) for name in "ABC"}, Root())
     before = weights(model)
     with pytest.raises(NonFiniteError, match="epoch 1, step 1: .*gradient"): fit(model, TRAIN, VALID, **QUICK)
@@ -376,15 +400,19 @@ def test_a_gradient_that_is_not_finite_stops_too():
     (dict(epochs=1.5), GatedSymileError, "epochs must be a whole number"),
     (dict(learning_rate=float("nan")), GatedSymileError, "learning_rate must lie in"),
     (dict(train=TRAIN.select(["A", "B"])), UnknownNameError, "'C' is unknown"),
-    (dict(train=MultimodalDataset({**TRAIN.modalities, "B": TRAIN.modalities["B"]*torch.nan})), MissingError, "'B' is present in 0 rows"),
+    (dict(train=MultimodalDataset({**TRAIN.modalities, "B": TRAIN.modalities["B"]*torch.nan})), MissingError,
+     "'B' is present in 0 rows"),
     (dict(valid=VALID.modalities), DtypeError, "valid must be a MultimodalDataset, got dict"),
     (dict(device=torch.device("cuda", 99)), UnknownNameError, "device: device.*cuda.* can't be used here"),
-    (dict(optimiser=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)), DtypeError, "optimiser must be a function from a model"),
+    (dict(optimiser=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)), DtypeError,
+     "optimiser must be a function from a model"),
     (dict(callbacks=print), DtypeError, "callbacks must be a list of functions"),
     (dict(train=(batch for batch in [])), DtypeError, "again and again, got generator"),
     (dict(train=[TRAIN.modalities]), MissingError, "can't be learnt from batches: call model.standardiser.fit"),
-    (dict(valid=MultimodalDataset({name: 1000*x for name, x in VALID.modalities.items()})), DataError, "valid: 'A'.*in another unit"),
-    (dict(valid=MultimodalDataset({**VALID.modalities, "A": VALID.modalities["A"]*torch.nan})), MissingError, "valid: 0 of 60 rows have 'A'"),
+    (dict(valid=MultimodalDataset({name: 1000*x for name, x in VALID.modalities.items()})), DataError,
+     "valid: 'A'.*in another unit"),
+    (dict(valid=MultimodalDataset({**VALID.modalities, "A": VALID.modalities["A"]*torch.nan})), MissingError,
+     "valid: 0 of 60 rows have 'A'"),
 ])
 def test_bad_input(change, error, message):
     model, before = make(), weights(make())
@@ -409,7 +437,7 @@ def test_a_device_may_be_a_device():
 # Validation
 
 def test_validation_ranks_in_the_banks_that_were_asked_for():
-    "What the history says of the best epoch is what `rank_dataset` says of the model, among all rows and in banks of 20."
+    "What the history says of the best epoch, `rank_dataset` says of the model, among all rows and in banks of 20."
     found = {}
     for bank_size in (None, 20):
         model = make()
@@ -440,11 +468,13 @@ def test_a_loader_of_ones_own():
 
 def test_the_loader_of_torch():
     rows = range(160)
-    loader = torch.utils.data.DataLoader(rows, batch_size=40, shuffle=True, collate_fn=lambda rows: (TRAIN[rows].modalities, torch.ones(40, 3).bool()))
+    def take(rows): return TRAIN[rows].modalities, torch.ones(40, 3).bool()
+    loader = torch.utils.data.DataLoader(rows, batch_size=40, shuffle=True, collate_fn=take)
     models = [make(), make()]
     for model in models:
         model.standardiser.fit(TRAIN)
-        assert fit(model, loader, VALID, **{**QUICK, "epochs": 8, "learning_rate": 1e-2, "warmup_steps": 5})["valid_top1"].max() > 0.3
+        history = fit(model, loader, VALID, **{**QUICK, "epochs": 8, "learning_rate": 1e-2, "warmup_steps": 5})
+        assert history["valid_top1"].max() > 0.3
     assert digest(models[0]) == digest(models[1])                                # its shuffle hangs on the seed, too
 
 
@@ -459,9 +489,10 @@ def test_a_batch_without_a_modality_is_named():
 
 def test_an_optimiser_of_ones_own():
     by_fit, plain = make("PairwiseCLIP"), make("PairwiseCLIP")
-    fit(by_fit, TRAIN, VALID, **{**QUICK, "epochs": 1}, optimiser=lambda model: torch.optim.SGD(model.parameters(), lr=0.1), clip=1e9)
+    def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(by_fit, TRAIN, VALID, **{**QUICK, "epochs": 1}, optimiser=sgd, clip=1e9)
     plain.standardiser.fit(TRAIN)
-    optimiser = torch.optim.SGD(plain.parameters(), lr=0.1)
+    optimiser = sgd(plain)
     for rows in near_equal_batches(160, 50, generator(0)):
         optimiser.zero_grad()
         plain.loss(TRAIN[rows]).backward()
@@ -498,8 +529,10 @@ def test_statistics_of_batch_norm_are_those_of_the_weights_that_are_evaluated():
     "Schedule-free averages the weights; the statistics that the training weights left behind belong to others."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MultimodalModel({name: nn.Sequential(nn.Linear(8, DIM), nn.BatchNorm1d(DIM), nn.Dropout(0.3)) for name in "ABC"}, Symile("candidates"))
-    history = fit(model, TRAIN, VALID, **{**QUICK, "epochs": 25, "batch_size": 40, "learning_rate": 3e-2, "warmup_steps": 5})
+        def encoder(): return nn.Sequential(nn.Linear(8, DIM), nn.BatchNorm1d(DIM), nn.Dropout(0.3))
+        model = MultimodalModel({name: encoder() for name in "ABC"}, Symile("candidates"))
+    history = fit(model, TRAIN, VALID, "A", epochs=25, batch_size=40, learning_rate=3e-2, warmup_steps=5,
+                  progress=False)
     for name, x in TRAIN.modalities.items():
         linear, norm, _ = model.encoders[name]
         before = linear(model.standardiser(name, x))

@@ -1,4 +1,4 @@
-"Synthetic-XOR: the parity holds bit by bit, nothing short of all modalities tells anything, and training shows the difference."
+"Synthetic-XOR: the parity holds bit by bit, all modalities together tell something and no fewer, as training shows."
 import itertools
 
 import pytest
@@ -45,8 +45,10 @@ def test_randomness_is_the_generators():
 
 
 @pytest.mark.parametrize("error, wrong", [
-    (RangeError, dict(rows=0)), (RangeError, dict(n_modalities=1)), (RangeError, dict(n_modalities=27)), (RangeError, dict(n_bits=0)),
-    (DtypeError, dict(rows=2.5)), (DtypeError, dict(n_modalities=3.)), (DtypeError, dict(n_bits="4")), (DtypeError, dict(rows=True)),
+    (RangeError, dict(rows=0)), (RangeError, dict(n_modalities=1)), (RangeError, dict(n_modalities=27)),
+    (RangeError, dict(n_bits=0)),
+    (DtypeError, dict(rows=2.5)), (DtypeError, dict(n_modalities=3.)), (DtypeError, dict(n_bits="4")),
+    (DtypeError, dict(rows=True)),
 ])
 def test_a_wrong_size_is_named(error, wrong):
     with pytest.raises(error, match=next(iter(wrong))): synthetic_xor(**wrong)

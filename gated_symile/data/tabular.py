@@ -31,7 +31,7 @@ def _checked_ids(ids, where):
                          "a hole in the column makes decimals of whole numbers")
     text = ids.astype(str).str.strip()
     twice = text[text.duplicated()]
-    if len(twice): raise DataError(f"{where}: {len(twice)} duplicate ids, such as {twice.head(3).tolist()}; one row each")
+    if len(twice): raise DataError(f"{where}: {len(twice)} duplicate ids, such as {twice.head(3).tolist()}")
     return text.tolist()
 
 # %% ../../nbs/api/data/tabular.ipynb #f57a9c58
