@@ -92,6 +92,7 @@ def _draw_accuracy(ax, table, rows, chance):
     ax.set_xticks(ps, [f"{p:g}" for p in ps])
     ax.set(xlabel="p, probability of corruption", title=f"{rows} rows", ylim=(-0.02, 1.02))
 
+# %% ../nbs/api/plots.ipynb #0ea25f16
 def _legend(axes):
     "Each method once, whichever panels it appears in, beside them."
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}

@@ -81,6 +81,7 @@ def _known(cls, what, given):
     for name in given: check_name(what, name, [f.name for f in fields(cls)])
     return cls(**given)
 
+# %% ../../nbs/api/runs/plan.ipynb #402d17f9
 @dataclass(frozen=True)
 class Stage:
     "One part of a plan."
@@ -248,6 +249,7 @@ def progress_table(
             lines.append((stage, data, objective, variants * len(part.p_of(data)) * len(part.seeds), have))
     return pd.DataFrame(lines, columns=["stage", "data", "objective", "planned", "recorded"])
 
+# %% ../../nbs/api/runs/plan.ipynb #eaa3f269
 def standing_text(
     standing:pd.DataFrame, # as from `progress_table`
 ) -> str: # Markdown
@@ -277,6 +279,7 @@ def _lines_in(run, record, out):
     for table in (record, read_record(run_file(out, run.spec))):
         if len(lines := lines_of([run], table)): return lines
 
+# %% ../../nbs/api/runs/plan.ipynb #5a43e17d
 def run_part(
     plan:str|dict|Plan, # as in `Plan.load`
     stage:str, # which part

@@ -66,6 +66,7 @@ def as_record(
     origin = dict(spec=spec.json, digest=spec.digest, versions=json.dumps(code_versions()), commit=code_commit())
     return run.lines.assign(**about, **origin)[COLUMNS]
 
+# %% ../../nbs/api/runs/record.ipynb #b1508802
 def read_record(
     path:str|Path, # a Parquet file
 ) -> pd.DataFrame: # columns `COLUMNS`, without lines where there is no such file
@@ -131,6 +132,7 @@ def save_run(
     about = dict(spec=run.spec.settings(), digest=run.spec.digest, versions=code_versions(), commit=code_commit())
     run.model.save(weights_file(out, run.spec), about)
 
+# %% ../../nbs/api/runs/record.ipynb #d8f0a9a7
 def run_all(
     specs:Iterable[RunSpec], # what to run, as from `make_specs`
     out:str|Path="runs/retrieval", # folder of `results.parquet`, weights, and a file for each run
@@ -216,6 +218,7 @@ class SavedRun:
         self.model.check(rows, names)
         return rows
 
+# %% ../../nbs/api/runs/record.ipynb #ac9c5e7d
 def load_run(
     path:str|Path, # weights as `run_all` leaves them in `weights/`
     plugins:list=[], # modules or .py files that register an objective of a person's own
@@ -275,6 +278,7 @@ def _by_seed(record, **where):
                         "or compare them by record.assign(objective=record['variant'])")
     return dict(zip(lines["seed"], lines["by_row"]))
 
+# %% ../../nbs/api/runs/record.ipynb #77e93480
 def differences(
     record:pd.DataFrame, # any but a tuning's
     objective:str, # the method that is compared

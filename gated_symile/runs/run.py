@@ -75,6 +75,7 @@ def _of_test(ranks, test, seed):
     kinds = zip(table["metric"], table["rows"])
     return table.assign(by_row=[top1[groups[rows]].tolist() if metric == "top1" else None for metric, rows in kinds])
 
+# %% ../../nbs/api/runs/run.ipynb #87c8e2ab
 def _of_trust(model, test, spec):
     "Whom the objective trusts, if it says so."
     args, capabilities, tables = (model, test, spec.target, spec.bank_size), model.objective.capabilities, []

@@ -127,6 +127,7 @@ def open_source(
     stamps = tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files_of(data) if f.is_file())
     return _own_source(data if isinstance(data, str) else tuple(data), id, stamps)
 
+# %% ../../nbs/api/runs/spec.ipynb #602e1f14
 def label(
     data:str|list, # as in `open_source`
 ) -> str: # one line of text
@@ -160,6 +161,7 @@ def load_plugins(
 @lru_cache(maxsize=None)
 def _digest_of_file(path, stamp): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+# %% ../../nbs/api/runs/spec.ipynb #ebd6f720
 def _own_code(objective):
     "A digest of the file that defines an objective of a person's own; `None` for ours: a record has their commit."
     file = getattr(sys.modules.get(objective.__module__), "__file__", None)
@@ -185,6 +187,7 @@ def _modalities(spec, source):
         if name in RESERVED: raise UnknownNameError(f"modality: {name!r} means something else in the tables of a run")
     return target, queries
 
+# %% ../../nbs/api/runs/spec.ipynb #8f4723e4
 def as_list(
     argument:str, # whose value it is: `"p"`
     value, # one thing, or several
@@ -218,6 +221,7 @@ def _number(value):
     if isinstance(value, list): return [_number(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
+# %% ../../nbs/api/runs/spec.ipynb #b37e6330
 @dataclass(frozen=True)
 class RunSpec:
     "One run, its defaults resolved; `UnknownNameError`, `DtypeError`, `RangeError`, `MissingError` say what is wrong."
