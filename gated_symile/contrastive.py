@@ -97,7 +97,8 @@ def shuffle_scores(
     "Scaled MIPs with negatives that shuffle every modality but the anchor, in one draw of B tuples."
     B, D = embeddings[0].shape
     source = {} if generator is None else {"generator": generator}                # a compiled program takes none
-    where = [torch.randperm(B, **source).to(e.device) for e in embeddings]        # the row each part comes from
+    where = torch.stack([torch.randperm(B, **source) for _ in embeddings])        # the row each part comes from
+    where = where.to(embeddings[0].device).unbind()
     scores = embeddings[target] @ query_product([e[rows] for e, rows in zip(embeddings, where)], target).T
     row = torch.arange(B, device=scores.device)
     true = row[:, None] == row
