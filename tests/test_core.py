@@ -25,10 +25,12 @@ KINDS = [int, np.int8, np.int64, np.uint16]
 NO_NUMBER = [True, np.bool_(True), None, "1", 1j, torch.tensor(1)]
 
 
-@given(value=st.integers(-100, 100), low=st.integers(-100, 100), high=st.integers(-100, 100), kind=st.sampled_from([int, np.int8, np.int64, np.float32, float]))
+@given(value=st.integers(-100, 100), low=st.integers(-100, 100), high=st.integers(-100, 100),
+       kind=st.sampled_from([int, np.int8, np.int64, np.float32, float]))
 def test_a_number_passes_in_its_range_and_a_whole_one_becomes_an_int(value, low, high, kind):
     for check in (check_range, check_whole):
-        if check is check_whole and not issubclass(kind, (int, np.integer)): error, words = DtypeError, "n must be a whole number"
+        if check is check_whole and not issubclass(kind, (int, np.integer)):
+            error, words = DtypeError, "n must be a whole number"
         else: error, words = RangeError, rf"n must lie in \[{low}, {high}\], got {value}"
         if low <= value <= high and error is RangeError:
             passed = check("n", kind(value), low, high)
@@ -46,38 +48,48 @@ def test_what_is_no_number_is_refused(value):
 @pytest.mark.parametrize("value", [2., 2.5, np.float64(2), float("nan"), float("inf")], ids=repr)
 def test_a_fraction_counts_nothing(value):
     with pytest.raises(DtypeError, match="n must be a whole number"): check_whole("n", value, 0)
-    for call in (lambda: MLP(3, 2, depth=value), lambda: synthetic_xnor(rows=value), lambda: synthetic_xor(n_bits=value), lambda: SubsetSymile(max_subset=value),
+    for call in (lambda: MLP(3, 2, depth=value), lambda: synthetic_xnor(rows=value),
+                 lambda: synthetic_xor(n_bits=value), lambda: SubsetSymile(max_subset=value),
                  lambda: bank_slices(9, value), lambda: generator(value)):
         with pytest.raises(DtypeError, match="must be a whole number"): call()
 
 
-@pytest.mark.parametrize("make", [PairwiseCLIP, Symile, GRAM, TRIANGLE, SubsetSymile, lambda: GatedSymile(ModalityGate(3, 4, key_dim=2))])
+@pytest.mark.parametrize("make", [PairwiseCLIP, Symile, GRAM, TRIANGLE, SubsetSymile,
+                                  lambda: GatedSymile(ModalityGate(3, 4, key_dim=2))])
 def test_a_target_of_numpys_integers_is_a_target(make):
     objective, e = make(), [unit(torch.randn(5, 4, generator=generator(m))) for m in range(3)]
     for t in range(3): assert torch.equal(objective.score(e, np.int64(t)), objective.score(e, t))
     with pytest.raises(DtypeError, match="present must be a bool tensor, got list"): objective.score(e, 0, [[True]*3]*5)
-    with pytest.raises(DtypeError, match="present must be a bool tensor, got ndarray"): objective(e, np.ones((5, 3), dtype=bool))
+    with pytest.raises(DtypeError, match="present must be a bool tensor, got ndarray"):
+        objective(e, np.ones((5, 3), dtype=bool))
 
 
 def test_sizes_and_shares_of_numpy_are_those_of_python():
     score, e = Symile().score, [unit(torch.randn(6, 4, generator=generator(m))) for m in range(3)]
-    for found, expected in zip(top_k(score, e, np.int64(1), np.int64(3)), top_k(score, e, 1, 3)): assert torch.equal(found, expected)
+    for found, expected in zip(top_k(score, e, np.int64(1), np.int64(3)), top_k(score, e, 1, 3)):
+        assert torch.equal(found, expected)
     ranks = rank_true(score, e, np.int64(1))
     assert metrics(ranks, ks=np.array([1, 5]), seed=np.int64(3)).equals(metrics(ranks, ks=(1, 5), seed=3))
     values = ranks.reciprocal()
     assert bootstrap_interval(values, level=np.float32(0.5), resamples=np.int64(9), seed=np.int64(2)) == \
            bootstrap_interval(values, level=0.5, resamples=9, seed=2)
-    for kind in KINDS: assert torch.equal(torch.rand(3, generator=generator(kind(7))), torch.rand(3, generator=generator(7)))
-    one, two = (synthetic_xnor(kind(40), p=share(0.5), n_bits=kind(2), dim=kind(9), generator=generator(0)) for kind, share in ((np.int64, np.float32), (int, float)))
-    assert all(torch.equal(one.modalities[name], two.modalities[name]) for name in "ABC") and torch.equal(one.corrupted, two.corrupted)
+    for kind in KINDS:
+        assert torch.equal(torch.rand(3, generator=generator(kind(7))), torch.rand(3, generator=generator(7)))
+    one, two = (synthetic_xnor(kind(40), p=share(0.5), n_bits=kind(2), dim=kind(9), generator=generator(0))
+                for kind, share in ((np.int64, np.float32), (int, float)))
+    assert all(torch.equal(one.modalities[name], two.modalities[name]) for name in "ABC")
+    assert torch.equal(one.corrupted, two.corrupted)
     assert synthetic_xor(np.int64(3), np.int64(4), np.int64(2)).names == list("ABCD")
-    assert MLP(np.int64(3), np.int64(2), width=np.int64(4), depth=np.int64(2), dropout=np.float32(0.5))(torch.ones(1, 3)).shape == (1, 2)
+    assert MLP(np.int64(3), np.int64(2), width=np.int64(4), depth=np.int64(2),
+               dropout=np.float32(0.5))(torch.ones(1, 3)).shape == (1, 2)
 
 
 def test_truth_is_a_tensor():
     e = [torch.eye(3)]*2
-    with pytest.raises(DtypeError, match="truth must be a tensor of indices, got list"): rank_true(PairwiseCLIP().score, e, 0, truth=[0, 1, 2])
-    with pytest.raises(RangeError, match=r"k must lie in \[1, inf\], got 0"): Ranks(torch.zeros(2), torch.zeros(2)).top(np.int64(0))
+    with pytest.raises(DtypeError, match="truth must be a tensor of indices, got list"):
+        rank_true(PairwiseCLIP().score, e, 0, truth=[0, 1, 2])
+    with pytest.raises(RangeError, match=r"k must lie in \[1, inf\], got 0"):
+        Ranks(torch.zeros(2), torch.zeros(2)).top(np.int64(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -104,7 +116,8 @@ def test_slope_of_a_unit_row(length):
 def test_filled_rows_keep_their_type(dtype, shape):
     present, x = torch.tensor([True, False, True, False]), torch.ones(shape).to(dtype)
     filled = fill_missing(x, present)
-    assert filled.dtype == dtype and filled.shape == shape and torch.equal(filled[present], x[present]) and not filled[~present].any()
+    assert filled.dtype == dtype and filled.shape == shape and torch.equal(filled[present], x[present])
+    assert not filled[~present].any()
     assert torch.equal(x, torch.ones(shape).to(dtype))
 
 
@@ -118,4 +131,5 @@ def test_two_threads_write_one_file_apart(tmp_path):
     threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert len(done) == 2 and path.read_bytes() in (b"a" * 2**20, b"b" * 2**20) and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert len(done) == 2 and path.read_bytes() in (b"a" * 2**20, b"b" * 2**20)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -14,7 +14,8 @@ from gated_symile.core import generator, unit, MissingError
 from gated_symile.objectives.base import make_objective, registered
 
 M, D = 3, 8
-CASES = [*((name, {}) for name in registered()), ("Symile", {"negatives": "candidates"}), ("Symile", {"negatives": "all"}),
+CASES = [*((name, {}) for name in registered()), ("Symile", {"negatives": "candidates"}),
+         ("Symile", {"negatives": "all"}),
          ("SubsetSymile", {"null": 1., "by_diversity": True}), ("GatedSymile", {"weighting": "sigmoid", "null": True}),
          ("GatedSymile", {"neutral": "none"})]
 CASES = [case for case in CASES if case[0] in registered()]
@@ -29,7 +30,8 @@ def make(name, options):
 
 def batch(B, holes, seed=0, N=None, target=0, dtype=torch.float32):
     "Unit rows, N of them in slot `target`, and which of the others exist: each row has two, and NaN in what it lacks."
-    e = [unit(torch.randn(N if N and m == target else B, D, generator=generator(10*seed + m))).to(dtype) for m in range(M)]
+    e = [unit(torch.randn(N if N and m == target else B, D, generator=generator(10*seed + m))).to(dtype)
+         for m in range(M)]
     if not holes: return e, None
     present = torch.rand(B, M, generator=generator(seed)) < 0.6
     present[:, 1:] |= ~present.any(1, keepdim=True)
@@ -68,7 +70,9 @@ def test_compiles_whole_with_open_shapes(name, options, holes):
         e, present = batch(B, holes, seed=step)
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"): found = learn(compiled, e, present)
         assert all(x.isfinite().all() for x in found)
-        if (name, options.get("negatives", "shuffle")) != ("Symile", "shuffle"): close(found, learn(objective, e, present)) # other draws
+        # other draws
+        if (name, options.get("negatives", "shuffle")) != ("Symile", "shuffle"):
+            close(found, learn(objective, e, present))
 
 
 @each
@@ -94,8 +98,10 @@ def test_copies_pickles_and_saves(name, options, holes):
     objective, (e, present) = make(name, options), batch(6, holes)
     expected, buffer = learn(objective, e, present), io.BytesIO()
     torch.save(objective, buffer); buffer.seek(0)
-    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective)), torch.load(buffer, weights_only=False)):
-        assert type(other) is type(objective) and other.settings() == objective.settings() and repr(other) == repr(objective)
+    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective)),
+                  torch.load(buffer, weights_only=False)):
+        assert type(other) is type(objective) and other.settings() == objective.settings()
+        assert repr(other) == repr(objective)
         assert all(torch.equal(a, b) for a, b in zip(learn(other, e, present), expected))
 
 
@@ -143,7 +149,8 @@ def test_function_transforms(name, options, holes):
 @each
 def test_settings_make_it_again(name, options):
     objective = make(name, options)
-    assert objective.settings() == objective.options() | options | {k: v for k, v in objective.settings().items() if k == "renormalise"}
+    assert objective.settings() == objective.options() | options | {k: v for k, v in objective.settings().items()
+                                                                    if k == "renormalise"}
     other = make_objective(name, M, D, **objective.settings())
     other.load_state_dict(objective.state_dict())
     e, _ = batch(6, False)
@@ -163,7 +170,8 @@ def test_a_compiled_loss_does_not_look_and_an_eager_one_does():
 def test_a_scale_beyond_its_bound_comes_back_at_once(compiled):
     "As long as it wants to go on it stays; the gradient within is untouched."
     scale = LogitScale(math.log(99))
-    call, optimiser = torch.compile(scale, fullgraph=True) if compiled else scale, torch.optim.SGD(scale.parameters(), lr=1e-3)
+    call, optimiser = torch.compile(scale, fullgraph=True) if compiled else scale, torch.optim.SGD(scale.parameters(),
+                                                                                                   lr=1e-3)
     def step(sign):
         optimiser.zero_grad(); (sign * call()).backward(); optimiser.step()
         return scale.log_scale.grad.item()

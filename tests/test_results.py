@@ -19,12 +19,14 @@ RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
 RECORDS = sorted(RESULTS.glob("*.parquet"))
 PAGES = sorted(RESULTS.glob("*.ipynb"))
 KEY = ["data", "objective", "variant", "p", "seed"]
-RECORDED = dict(tuning=384, report=300, defaults=45, weak_start=5, robustness=27, views=90, kinds=36, scale=45, diversity=36, ablations=108, course=24)
+RECORDED = dict(tuning=384, report=300, defaults=45, weak_start=5, robustness=27, views=90, kinds=36, scale=45,
+                diversity=36, ablations=108, course=24)
 
 
 def spec_in(text):
     "The specification that a record holds as JSON."
-    return RunSpec(**{name: value for name, value in json.loads(text).items() if name not in ("bank_size", "standardise", "fingerprint", "code")})
+    return RunSpec(**{name: value for name, value in json.loads(text).items()
+                      if name not in ("bank_size", "standardise", "fingerprint", "code")})
 
 
 def faults(record, plan, stage, tuning):
@@ -32,15 +34,20 @@ def faults(record, plan, stage, tuning):
     if stage not in plan.stages: return [f"{stage} is no stage of the plan"]
     runs = [run for pair in plan.stages[stage].pairs for run in runs_of(plan, stage, *pair, tuning) or []]
     found, own = [], lines_of(runs, record)
-    strange = record.merge(own[KEY + ["digest"]].drop_duplicates(), how="left", indicator=True).query("_merge == 'left_only'")
-    found += [f"not what the plan says: {key}" for key in strange[KEY].drop_duplicates().itertuples(index=False, name=None)]
+    strange = record.merge(own[KEY + ["digest"]].drop_duplicates(), how="left",
+                           indicator=True).query("_merge == 'left_only'")
+    found += [f"not what the plan says: {key}"
+              for key in strange[KEY].drop_duplicates().itertuples(index=False, name=None)]
     if (record["stage"] != stage).any(): found.append("lines of another stage")
     if record.duplicated([*KEY, "metric", "rows"]).any(): found.append("a value is recorded twice")
-    if stage != "tuning" and set(record["seed"]) & set(plan.stages["tuning"].seeds): found.append("seeds of the tuning are reported")
+    if stage != "tuning" and set(record["seed"]) & set(plan.stages["tuning"].seeds):
+        found.append("seeds of the tuning are reported")
     if stage == "tuning" and set(record["rows"]) - {"training"}: found.append("the tuning looked at test rows")
     for r in record.itertuples():
-        if r.by_row is not None and r.rows != "training" and not np.isclose(np.mean(r.by_row), r.value): found.append(f"{r.metric} of {r.rows} rows is not the mean of its rows: {r.value}")
-    if any(spec_in(text).digest != digest for text, digest in record[["spec", "digest"]].drop_duplicates().itertuples(index=False)):
+        if r.by_row is not None and r.rows != "training" and not np.isclose(np.mean(r.by_row), r.value):
+            found.append(f"{r.metric} of {r.rows} rows is not the mean of its rows: {r.value}")
+    if any(spec_in(text).digest != digest
+           for text, digest in record[["spec", "digest"]].drop_duplicates().itertuples(index=False)):
         found.append("a digest that is not that of its settings")
     if not record["commit"].str.fullmatch(r"[0-9a-f]{40}").all(): found.append("run from code that is not committed")
     return found
@@ -59,7 +66,8 @@ def test_no_recorded_run_is_lost():
 
 def test_the_main_table_is_what_it_was():
     "To the last digit, intervals and differences too, as computed when it was first shown."
-    frozen, record = pd.read_csv(ROOT/"tests"/"main_table.csv", float_precision="round_trip"), read_record(RESULTS/"report.parquet")
+    frozen, record = pd.read_csv(ROOT/"tests"/"main_table.csv",
+                                 float_precision="round_trip"), read_record(RESULTS/"report.parquet")
     tables = {("summary", rows): summary(record, rows) for rows in ("all", "clean", "corrupted")}
     tables |= {(name, "all"): differences(record, name) for name in ("GatedSymile", "SubsetSymile")}
     for (kind, rows), table in tables.items():
@@ -75,7 +83,8 @@ def tiny():
     stages = {"tuning": dict(objectives=["Symile"], data=["mfeat"], p=[0.5], seeds=[100], draws=1)}
     stages["report"] = {**stages["tuning"], "draws": 0, "seeds": [0]}
     plan = Plan.load(dict(space={"learning_rate": {"choice": [1e-3]}}, base={"epochs": 1, "dim": 8}, stages=stages))
-    tuning = run_planned(runs_of(plan, "tuning", "mfeat", "Symile", pd.DataFrame(columns=COLUMNS))[0]).assign(commit="0"*40)
+    tuning = run_planned(runs_of(plan, "tuning", "mfeat", "Symile",
+                                 pd.DataFrame(columns=COLUMNS))[0]).assign(commit="0"*40)
     report = run_planned(runs_of(plan, "report", "mfeat", "Symile", tuning)[0]).assign(commit="0"*40)
     return plan, tuning, report
 
@@ -103,10 +112,14 @@ def test_test_rows_in_the_tuning_are_noticed(tiny):
 def test_several_variants_of_a_method_are_not_mixed_up(tiny):
     "Of each seed there is one line; else the last one would stand for all."
     report = tiny[2]
-    better = report.assign(variant="better", by_row=[None if rows is None else [1.]*len(rows) for rows in report["by_row"]])
+    better = report.assign(variant="better",
+                           by_row=[None if rows is None else [1.]*len(rows) for rows in report["by_row"]])
     other, both = report.assign(objective="CLIP"), pd.concat([report, better])
-    for record, objective in ((pd.concat([both, other]), "CLIP"), (pd.concat([both, other]), "Symile"), (pd.concat([report, report, other]), "CLIP")):
-        with pytest.raises(DataError, match=r"record: data mfeat, p 0.5, .* objective Symile: a seed comes twice, .*'chosen'.*; choose one first"): differences(record, objective)
+    for record, objective in ((pd.concat([both, other]), "CLIP"), (pd.concat([both, other]), "Symile"),
+                              (pd.concat([report, report, other]), "CLIP")):
+        with pytest.raises(DataError,
+                           match=r"record: data mfeat, p 0.5, .* objective Symile: a seed comes twice, .*'chosen'.*; choose one first"):
+            differences(record, objective)
     assert differences(pd.concat([better, other]), "CLIP")["seeds"].tolist() == [1]
     between = differences(both.assign(objective=both["variant"]), "better")                         # one with the other
     assert between["objective"].tolist() == ["chosen"] and between["value"][0] > 0
@@ -134,7 +147,8 @@ def test_a_page_shows_what_is_recorded(path):
     import nbformat
     from nbclient import NotebookClient
     saved, again = (nbformat.read(path, as_version=4) for _ in range(2))
-    NotebookClient(again, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(again, kernel_name="python3", coalesce_streams=True,
+                   resources={"metadata": {"path": path.parent}}).execute()
     assert shown(saved.cells) == shown(again.cells), f"run make notebooks NB={path.relative_to(ROOT)}"
 
 
@@ -149,8 +163,10 @@ def test_every_study_of_the_plan_can_be_planned():
 
 def snakemake(out, *options):
     pytest.importorskip("snakemake")
-    done = subprocess.run([sys.executable, "-m", "snakemake", "-s", str(ROOT/"workflow"/"Snakefile"), "--cores", "1", "--rerun-triggers", "mtime", *options,
-                           "--config", "plan=workflow/small.yaml", f"out={out}", f"record={out}/record"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-m", "snakemake", "-s", str(ROOT/"workflow"/"Snakefile"), "--cores", "1",
+                           "--rerun-triggers", "mtime", *options,
+                           "--config", "plan=workflow/small.yaml", f"out={out}", f"record={out}/record"], cwd=ROOT,
+                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -32,7 +32,8 @@ TEMPLATE, RANK = (ROOT/"nbs"/"experiments"/f"{name}.ipynb" for name in ("retriev
 
 def papermill(folder, *parameters, template=TEMPLATE):
     "Run a template in `folder`."
-    return subprocess.run([sys.executable, "-m", "papermill", str(template), "executed.ipynb", "-k", "python3", "--no-progress-bar", *parameters],
+    return subprocess.run([sys.executable, "-m", "papermill", str(template), "executed.ipynb", "-k", "python3",
+                           "--no-progress-bar", *parameters],
                           cwd=folder, capture_output=True, text=True, timeout=300)
 
 
@@ -45,29 +46,38 @@ def tables_with_holes(folder, rows=90):
         x[rng.random(x.shape) < 0.02] = np.nan
         frame = pd.DataFrame(x, columns=[f"{name} #{i} (mg/l)" for i in range(width)]).assign(**{"Patient ID": ids})
         frame = frame.sample(rows - missing, random_state=1)
-        frame.to_csv(folder/f"{name}.csv", index=False) if name == "image" else frame.to_parquet(folder/f"{name}.parquet", index=False)
+        frame.to_csv(folder/f"{name}.csv",
+                     index=False) if name == "image" else frame.to_parquet(folder/f"{name}.parquet", index=False)
 
 
 def test_a_persons_own_tables_from_end_to_end(tmp_path):
     (tmp_path/"tables").mkdir()
     tables_with_holes(tmp_path/"tables")
-    done = papermill(tmp_path, "-p", "data", "tables", "-p", "target", "image", "-y", "p: [0, 0.5]", "-y", "seeds: [0, 1]", "-p", "epochs", "2",
-                     "-p", "dim", "8", "-p", "batch_size", "16", "-p", "out", "results/mine", "-y", "data_options: {id: Patient ID}",
-                     "-y", "objectives: [Symile, GatedSymile]", "-y", "objective_options: {GatedSymile: {key_dim: 4, weighting: sigmoid}}")
+    done = papermill(tmp_path, "-p", "data", "tables", "-p", "target", "image", "-y", "p: [0, 0.5]", "-y",
+                     "seeds: [0, 1]", "-p", "epochs", "2",
+                     "-p", "dim", "8", "-p", "batch_size", "16", "-p", "out", "results/mine", "-y",
+                     "data_options: {id: Patient ID}",
+                     "-y", "objectives: [Symile, GatedSymile]", "-y",
+                     "objective_options: {GatedSymile: {key_dim: 4, weighting: sigmoid}}")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path/"results"/"mine"
     results = pd.read_parquet(out/"results.parquet")
     assert not results.duplicated(["objective", "p", "seed", "metric", "rows"]).any()
-    assert set(results["objective"]) == {"Symile", "GatedSymile"} and set(results["p"]) == {0, 0.5} and set(results["seed"]) == {0, 1}
-    assert {"all", "clean", "corrupted"} <= set(results["rows"]) <= {"training", "all", "clean", "corrupted", "blood test", "text-note"}
+    assert set(results["objective"]) == {"Symile", "GatedSymile"} and set(results["p"]) == {0, 0.5}
+    assert set(results["seed"]) == {0, 1}
+    assert {"all", "clean", "corrupted"} <= set(results["rows"]) <= {"training", "all", "clean", "corrupted",
+                                                                     "blood test", "text-note"}
     top1 = results[results["metric"] == "top1"]
-    assert top1["value"].between(0, 1).all() and (top1["low"] <= top1["value"]).all() and (top1["value"] <= top1["high"]).all()
+    assert top1["value"].between(0, 1).all() and (top1["low"] <= top1["value"]).all()
+    assert (top1["value"] <= top1["high"]).all()
     assert json.loads(results["spec"][0])["data_options"]["id"] == "Patient ID" and len(results["commit"][0]) >= 7
     assert (out/"top1.png").read_bytes().startswith(b"\x89PNG") and (out/"top1.svg").stat().st_size > 1000
-    saved = load_run(next((out/"weights").glob("GatedSymile_p0.5_seed1_*.safetensors")))      # what was saved can be used
+    # what was saved can be used
+    saved = load_run(next((out/"weights").glob("GatedSymile_p0.5_seed1_*.safetensors")))
     assert saved.model.objective.gate.settings()["weighting"] == "sigmoid" and saved.about["spec"]["seed"] == 1
     text = (tmp_path/"executed.ipynb").read_text(encoding="utf-8")
-    assert "the true one is ranked first for" in text and "image/png" in text and "is ahead" not in re.sub("is ahead of", "", text)
+    assert "the true one is ranked first for" in text and "image/png" in text
+    assert "is ahead" not in re.sub("is ahead of", "", text)
 
 
 @pytest.mark.parametrize("parameters, words", [
@@ -78,7 +88,8 @@ def test_a_persons_own_tables_from_end_to_end(tmp_path):
     (["-p", "data", "nowhere.npz"], "nowhere.npz")])
 def test_a_wrong_parameter_stops_at_once(tmp_path, parameters, words):
     done = papermill(tmp_path, *parameters)
-    assert done.returncode != 0 and re.search(words, re.sub(r"\x1b\[[0-9;]*m", "", done.stderr), re.S), done.stderr[-2000:]
+    assert done.returncode != 0 and re.search(words, re.sub(r"\x1b\[[0-9;]*m", "", done.stderr),
+                                              re.S), done.stderr[-2000:]
     assert not (tmp_path/"runs").exists()
 
 
@@ -95,9 +106,12 @@ def test_one_folder_for_many_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("settings, error, match", [
-    (dict(dim=12.5), DtypeError, "dim must be a whole number, got 12.5"), (dict(epochs=1.5), DtypeError, "epochs must be a whole number"),
-    (dict(batch_size=64.), DtypeError, "batch_size must be a whole number"), (dict(batch_size=1), RangeError, "batch_size"),
-    (dict(epochs=True), DtypeError, "epochs"), (dict(training_options={"clip": print}), DtypeError, "training_options: clip must be of numbers"),
+    (dict(dim=12.5), DtypeError, "dim must be a whole number, got 12.5"),
+    (dict(epochs=1.5), DtypeError, "epochs must be a whole number"),
+    (dict(batch_size=64.), DtypeError, "batch_size must be a whole number"),
+    (dict(batch_size=1), RangeError, "batch_size"),
+    (dict(epochs=True), DtypeError, "epochs"),
+    (dict(training_options={"clip": print}), DtypeError, "training_options: clip must be of numbers"),
     (dict(seeds=[0, 0]), DataError, "seeds: 0 comes twice"), (dict(p=[0, 0.]), DataError, "p: 0 comes twice"),
     (dict(objectives=["Symile", "Symile"]), DataError, "objectives: 'Symile' comes twice")])
 def test_a_wrong_setting_stops_before_anything_runs(settings, error, match):
@@ -109,13 +123,15 @@ def test_a_table_called_like_something_else_stops_before_training(tables, tmp_pa
     quietly(shutil.copytree, tables, tmp_path/"tables")
     path = next(path for path in (tmp_path/"tables").iterdir() if path.stem != "image")
     path.rename(path.with_stem(name))
-    with pytest.raises(UnknownNameError, match=f"modality: '{name}' means something else"): quietly(make_specs, data=str(tmp_path/"tables"), **SMALL)
+    with pytest.raises(UnknownNameError, match=f"modality: '{name}' means something else"):
+        quietly(make_specs, data=str(tmp_path/"tables"), **SMALL)
 
 
 # Saved runs: from the file back to a model, and on to new rows
 
 SMALL = dict(target="image", dim=8, epochs=1, batch_size=16, data_options={"id": "Patient ID"})
-OPTIONS = {"GatedSymile": [{}, {"neutral": "random", "null": True}, {"fit": "matrix", "key_dim": 4}], "Symile": [{}, {"negatives": "all", "log_scale": 1.}]}
+OPTIONS = {"GatedSymile": [{}, {"neutral": "random", "null": True}, {"fit": "matrix", "key_dim": 4}],
+           "Symile": [{}, {"negatives": "all", "log_scale": 1.}]}
 CASES = [(name, options) for name in registered() for options in OPTIONS.get(name, [{}])]
 
 
@@ -156,8 +172,10 @@ def changed(tables, folder, name, change):
 @pytest.mark.parametrize("objective, options", CASES)
 def test_a_saved_run_scores_new_rows_as_before(objective, options, tables, tmp_path):
     "Bit for bit: the same weights, and the same standardised rows made of the files."
-    spec = quietly(make_specs, data=str(tables), objectives=objective, p=0.5, seeds=3, objective_options={objective: options} if options else {},
-                   encoder_options={"input_dropout": 0.3, "depth": 2, "norm": False, "width": 16}, **{**SMALL, "epochs": 2})[0]
+    spec = quietly(make_specs, data=str(tables), objectives=objective, p=0.5, seeds=3,
+                   objective_options={objective: options} if options else {},
+                   encoder_options={"input_dropout": 0.3, "depth": 2, "norm": False, "width": 16},
+                   **{**SMALL, "epochs": 2})[0]
     save_run(run := quietly(run_one, spec), tmp_path)
     saved, test = load_run(weights_file(tmp_path, spec)), quietly(split_data, replace(spec, p=0.))[2]
     assert saved.model.names == run.model.names and not saved.model.training
@@ -165,11 +183,14 @@ def test_a_saved_run_scores_new_rows_as_before(objective, options, tables, tmp_p
     for name, x in run.model.state_dict().items(): assert torch.equal(x, saved.model.state_dict()[name])
     everyone = quietly(saved.read, tables)
     rows = everyone[[everyone.ids.index(i) for i in test.ids]]
-    for name in test.names: assert torch.equal(rows.modalities[name].nan_to_num(7e7), test.modalities[name].nan_to_num(7e7))
+    for name in test.names:
+        assert torch.equal(rows.modalities[name].nan_to_num(7e7), test.modalities[name].nan_to_num(7e7))
     assert (rows.present is None and test.present is None) or torch.equal(rows.select(test.names).present, test.present)
     for target in range(3):
-        keep = (test.present if test.present is not None else torch.ones(len(test), 3).bool())[:, [m for m in range(3) if m != target]].any(1)
-        before, after = (quietly(lambda: m.score(m.embed(x[keep]), target, None if x.present is None else x[keep].select(test.names).present))
+        keep = (test.present if test.present is not None
+                else torch.ones(len(test), 3).bool())[:, [m for m in range(3) if m != target]].any(1)
+        before, after = (quietly(lambda: m.score(m.embed(x[keep]), target,
+                                                 None if x.present is None else x[keep].select(test.names).present))
                          for m, x in ((run.model, test), (saved.model, rows)))
         assert torch.equal(before, after)
 
@@ -211,10 +232,12 @@ def test_new_rows_with_holes(a_run, tables, tmp_path):
     with pytest.warns(UserWarning) as caught: images = saved.read(folder, "image")
     assert "patient 1" not in images.ids and "patient 3" not in images.ids and len(images) == 88
     assert any("1 of 89 rows hold nothing and are left out: patient 1" in str(w.message) for w in caught)
-    assert images.modalities["image"][images.ids.index("patient 2"), 0].isnan()                  # the model fills it with its mean
+    # the model fills it with its mean
+    assert images.modalities["image"][images.ids.index("patient 2"), 0].isnan()
     rows = quietly(saved.read, folder)
     assert not rows.is_present("image")[rows.ids.index("patient 3")]
-    ranked = quietly(retrieve, saved.model, rows.select(saved.queries)[rows.select(saved.queries).present.any(1)], images, "image", k=3, progress=False)
+    ranked = quietly(retrieve, saved.model, rows.select(saved.queries)[rows.select(saved.queries).present.any(1)],
+                     images, "image", k=3, progress=False)
     assert set(ranked["candidate"]) <= set(images.ids) and ranked["score"].notna().all()
     table = quietly(lambda: audit(saved.model, saved.read(tables), "image", generator=generator(0)))
     assert set(table["modality"]) == {"blood test", "text-note"} and (table["n"] > 0).all()
@@ -227,12 +250,18 @@ def test_ids_under_another_name(a_run, tables, tmp_path):
 
 
 FITS_NOT = {
-    "a table is gone": (lambda f: None, MissingError, "lacks a modality of 'image', 'blood test', 'text-note' .*'blood test' is unknown"),
-    "a column less": (lambda f: f.drop(columns="blood test #2 (mg/l)"), ShapeError, r"'blood test' has 5 columns in train but 4 here: lacks \['blood test #2"),
-    "a column more": (lambda f: f.assign(extra=1.), ShapeError, r"5 columns in train but 6 here: has instead \['extra'\]"),
-    "another name": (lambda f: f.rename(columns={"blood test #2 (mg/l)": "x"}), DataError, r"lacks \['blood test #2 \(mg/l\)'\], has instead \['x'\]"),
-    "another order": (lambda f: f[[*f.columns[1::-1], *f.columns[2:]]], DataError, "other order, first 'blood test #1 .* where there was 'blood test #0"),
-    "text": (lambda f: f.assign(**{"blood test #2 (mg/l)": "low"}), DtypeError, "blood test.parquet: 1 columns hold no numbers"),
+    "a table is gone": (lambda f: None, MissingError,
+                        "lacks a modality of 'image', 'blood test', 'text-note' .*'blood test' is unknown"),
+    "a column less": (lambda f: f.drop(columns="blood test #2 (mg/l)"), ShapeError,
+                      r"'blood test' has 5 columns in train but 4 here: lacks \['blood test #2"),
+    "a column more": (lambda f: f.assign(extra=1.), ShapeError,
+                      r"5 columns in train but 6 here: has instead \['extra'\]"),
+    "another name": (lambda f: f.rename(columns={"blood test #2 (mg/l)": "x"}), DataError,
+                     r"lacks \['blood test #2 \(mg/l\)'\], has instead \['x'\]"),
+    "another order": (lambda f: f[[*f.columns[1::-1], *f.columns[2:]]], DataError,
+                      "other order, first 'blood test #1 .* where there was 'blood test #0"),
+    "text": (lambda f: f.assign(**{"blood test #2 (mg/l)": "low"}), DtypeError,
+             "blood test.parquet: 1 columns hold no numbers"),
 }
 
 
@@ -241,7 +270,8 @@ def test_new_files_that_do_not_fit(what, a_run, tables, tmp_path):
     change, error, words = FITS_NOT[what]
     folder = changed(tables, tmp_path/"new", "blood test", change)
     with pytest.raises(error, match=words): quietly(load_run(a_run[1]).read, folder)
-    assert quietly(load_run(a_run[1]).read, folder, ["image", "text-note"]).names == ["image", "text-note"]  # what isn't asked for does not matter
+    # what isn't asked for does not matter
+    assert quietly(load_run(a_run[1]).read, folder, ["image", "text-note"]).names == ["image", "text-note"]
 
 
 def test_arrays_without_names_have_to_fit_in_number(a_run, tmp_path):
@@ -250,12 +280,14 @@ def test_arrays_without_names_have_to_fit_in_number(a_run, tmp_path):
     assert saved.read(tmp_path/"new.npz", ["blood test", "image"]).names == ["blood test", "image"]
     with pytest.raises(MissingError, match="'text-note' is unknown"): saved.read(tmp_path/"new.npz")
     np.savez(tmp_path/"new.npz", image=np.ones((4, 8)))
-    with pytest.raises(ShapeError, match="'image' has 9 columns in train but 8 here$"): saved.read(tmp_path/"new.npz", "image")
+    with pytest.raises(ShapeError, match="'image' has 9 columns in train but 8 here$"):
+        saved.read(tmp_path/"new.npz", "image")
 
 
 def test_rows_standardised_already_are_refused(a_run, tables):
     saved, rows = load_run(a_run[1]), quietly(load_tabular, tables, id="Patient ID")
-    once = replace(rows, modalities={name: (saved.model.standardiser(name, x) - 0).where(~x.isnan(), torch.nan) for name, x in rows.modalities.items()}, columns=None)
+    once = replace(rows, modalities={name: (saved.model.standardiser(name, x) - 0).where(~x.isnan(), torch.nan)
+                                     for name, x in rows.modalities.items()}, columns=None)
     assert len(quietly(saved.model.embed, rows)) == 3
     if not any("image #0" in c for c in (rows.columns or {}).get("image", [])): pytest.skip("no names")
     with pytest.raises(ShapeError, match="'image' has 9 columns in train but 5 here"):
@@ -263,7 +295,8 @@ def test_rows_standardised_already_are_refused(a_run, tables):
 
 
 def test_one_table_is_nothing_to_find_it_by(tables):
-    with pytest.raises(MissingError, match="nothing to find 'image' by"): make_specs(data=[str(tables/"image.csv")], target="image", data_options={"id": "Patient ID"})
+    with pytest.raises(MissingError, match="nothing to find 'image' by"):
+        make_specs(data=[str(tables/"image.csv")], target="image", data_options={"id": "Patient ID"})
 
 
 def test_xnor_rows_are_used_as_they_are(tmp_path):
@@ -286,32 +319,44 @@ def test_a_file_that_is_no_run(a_run, tmp_path):
 
 def test_ranking_files_without_python(a_run, tables, tmp_path):
     "The template for ranking, on queries that have no target and a bank of its own."
-    for name in ("blood test", "text-note"): (tmp_path/"new").mkdir(exist_ok=True); shutil.copy(tables/f"{name}.parquet", tmp_path/"new")
-    done = papermill(tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "bank", str(tables), "-p", "k", "3", "-p", "out", "ranked", template=RANK)
+    for name in ("blood test", "text-note"):
+        (tmp_path/"new").mkdir(exist_ok=True)
+        shutil.copy(tables/f"{name}.parquet", tmp_path/"new")
+    done = papermill(tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "bank", str(tables), "-p",
+                     "k", "3", "-p", "out", "ranked", template=RANK)
     assert done.returncode == 0, done.stderr[-3000:]
     ranked, saved = pd.read_parquet(tmp_path/"ranked"/"ranked.parquet"), load_run(a_run[1])
     queries = quietly(saved.read, tmp_path/"new", saved.queries)
-    expected = quietly(retrieve, saved.model, queries, quietly(saved.read, tables, "image"), "image", k=3, progress=False)
+    expected = quietly(retrieve, saved.model, queries, quietly(saved.read, tables, "image"), "image", k=3,
+                       progress=False)
     pd.testing.assert_frame_equal(ranked, expected)
     assert len(pd.read_csv(tmp_path/"ranked"/"ranked.csv")) == 3*len(queries)
-    with pytest.raises(MissingError, match="'image' is unknown"): quietly(rank_files, a_run[1], tmp_path/"new", out=tmp_path/"again")  # nothing to be found
+    # nothing to be found
+    with pytest.raises(MissingError, match="'image' is unknown"):
+        quietly(rank_files, a_run[1], tmp_path/"new", out=tmp_path/"again")
     with pytest.raises(MissingError, match="give the file of weights"): rank_files(None, tmp_path/"new")
-    with pytest.raises(OutputError, match="can't write"): rank_files(a_run[1], tmp_path/"new", out=tmp_path/"executed.ipynb")
-    with pytest.raises(OutputError, match="is where the data are"): quietly(rank_files, a_run[1], tables, out=tables/"ranked")
+    with pytest.raises(OutputError, match="can't write"):
+        rank_files(a_run[1], tmp_path/"new", out=tmp_path/"executed.ipynb")
+    with pytest.raises(OutputError, match="is where the data are"):
+        quietly(rank_files, a_run[1], tables, out=tables/"ranked")
 
 
 # Identity: the same settings, and only those, are the same run
 
-DIGEST = "b3f57a8ebf9ccf5afde7f6b2abe2e67abe6a134272b39db9c6875806e17c30bb" # of GatedSymile on mfeat at p = 0.5, all else as the library has it
+# of GatedSymile on mfeat at p = 0.5, all else as the library has it
+DIGEST = "b3f57a8ebf9ccf5afde7f6b2abe2e67abe6a134272b39db9c6875806e17c30bb"
 
 
 def spec(**settings): return RunSpec(**{"data": "mfeat", "objective": "GatedSymile", **settings})
 
 
 @pytest.mark.parametrize("changes", [
-    dict(p=0.1234567), dict(p=0.1234568), dict(seed=1), dict(dim=64), dict(objective="Symile"), dict(data="xnor"), dict(target="zer"), dict(queries=["fou"]),
-    dict(queries=["zer", "fou"]), dict(learn_scale=False), dict(training_options={"patience": None}), dict(training_options={"learning_rate": 1.00000001e-3}),
-    dict(objective_options={"strength": 2.9999999}), dict(encoder_options={"input_dropout": 0.2}), dict(data_options={"corruption": "missing"})])
+    dict(p=0.1234567), dict(p=0.1234568), dict(seed=1), dict(dim=64), dict(objective="Symile"), dict(data="xnor"),
+    dict(target="zer"), dict(queries=["fou"]),
+    dict(queries=["zer", "fou"]), dict(learn_scale=False), dict(training_options={"patience": None}),
+    dict(training_options={"learning_rate": 1.00000001e-3}),
+    dict(objective_options={"strength": 2.9999999}), dict(encoder_options={"input_dropout": 0.2}),
+    dict(data_options={"corruption": "missing"})])
 def test_whatever_changes_a_run_changes_its_digest(changes):
     assert spec(**changes).digest != spec().digest
     assert spec(**changes).digest != spec(p=0.12345).digest
@@ -325,9 +370,11 @@ def test_a_digest_is_what_it_was():
 def test_a_changed_default_is_another_run(monkeypatch):
     before = spec()
     class MLP(spec_module.MLP):
-        def __init__(self, in_features, dim, width=128, depth=1, norm=True, dropout=0., input_dropout=0.): super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
+        def __init__(self, in_features, dim, width=128, depth=1, norm=True, dropout=0., input_dropout=0.):
+            super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
     monkeypatch.setattr(spec_module, "MLP", MLP)
-    assert spec().digest != before.digest and spec(encoder_options={"input_dropout": 0.3, "width": 256}).digest == before.digest
+    assert spec().digest != before.digest
+    assert spec(encoder_options={"input_dropout": 0.3, "width": 256}).digest == before.digest
     monkeypatch.undo()
     gate = registered()["GatedSymile"]
     monkeypatch.setattr(gate, "options", classmethod(lambda cls, known=gate.options(): {**known, "strength": 2.}))
@@ -338,11 +385,13 @@ def test_a_new_option_with_its_old_meaning_is_the_same_run(monkeypatch):
     "Told by its neutral value; without one it is another run."
     before = spec()
     class MLP(spec_module.MLP):
-        def __init__(self, in_features, dim, width=256, depth=1, norm=True, dropout=0., input_dropout=0., heads=None): super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
+        def __init__(self, in_features, dim, width=256, depth=1, norm=True, dropout=0., input_dropout=0., heads=None):
+            super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
     monkeypatch.setattr(spec_module, "MLP", MLP)
     assert spec().digest != before.digest
     monkeypatch.setitem(spec_module.NEUTRAL, "encoder_options.heads", None)
-    assert spec().digest == before.digest and spec(encoder_options={"input_dropout": 0.3, "heads": 2}).digest != before.digest
+    assert spec().digest == before.digest
+    assert spec(encoder_options={"input_dropout": 0.3, "heads": 2}).digest != before.digest
 
 
 def test_a_new_field_with_its_old_meaning_is_the_same_run(monkeypatch):
@@ -358,8 +407,10 @@ def test_a_new_field_with_its_old_meaning_is_the_same_run(monkeypatch):
 
 def test_settings_of_every_make(tmp_path):
     "NumPy's numbers, paths, devices, ranges and tuples are the same settings."
-    plain = make_specs(dim=8, epochs=1, learning_rate=0.5, seeds=[0, 1], p=[0.5], queries=["fou", "zer"], objectives="Symile")
-    other = make_specs(dim=np.int64(8), epochs=np.int32(1), learning_rate=np.float32(0.5), seeds=range(2), p=np.array([0.5]), queries=("fou", "zer"), objectives=("Symile",))
+    plain = make_specs(dim=8, epochs=1, learning_rate=0.5, seeds=[0, 1], p=[0.5], queries=["fou", "zer"],
+                       objectives="Symile")
+    other = make_specs(dim=np.int64(8), epochs=np.int32(1), learning_rate=np.float32(0.5), seeds=range(2),
+                       p=np.array([0.5]), queries=("fou", "zer"), objectives=("Symile",))
     assert [s.digest for s in plain] == [s.digest for s in other]
     results = run_all(other[:1], out=tmp_path/"out", device=torch.device("cpu"), progress=False)
     assert set(results["digest"]) == {plain[0].digest} and weights_file(str(tmp_path/"out"), plain[0]).is_file()
@@ -367,15 +418,21 @@ def test_settings_of_every_make(tmp_path):
 
 def plan_on(data, **stages):
     "A plan with a tuning nobody runs."
-    common = dict(objectives=["Symile"], data=[data], p=[0.5], tuned=False, settings={label(data): {"target": "image", "dim": 8, "epochs": 1, "batch_size": 16, "data_options.id": "Patient ID"}})
-    return Plan.load(dict(space={}, stages={"tuning": {**common, "seeds": [100], "draws": 1}, **{name: {**common, "seeds": [0], **stage} for name, stage in stages.items()}}))
+    common = dict(objectives=["Symile"], data=[data], p=[0.5], tuned=False,
+                  settings={label(data): {"target": "image", "dim": 8, "epochs": 1, "batch_size": 16,
+                                          "data_options.id": "Patient ID"}})
+    return Plan.load(dict(space={}, stages={"tuning": {**common, "seeds": [100], "draws": 1},
+                                            **{name: {**common, "seeds": [0], **stage}
+                                               for name, stage in stages.items()}}))
 
 
 def test_variants_whose_names_look_alike_are_runs_of_their_own(tables, tmp_path):
-    variants = {"low rate": {"learning_rate": 1e-4}, "low_rate": {"learning_rate": 1e-3}, "low_rate again": {"learning_rate": 1e-3}}
+    variants = {"low rate": {"learning_rate": 1e-4}, "low_rate": {"learning_rate": 1e-3},
+                "low_rate again": {"learning_rate": 1e-3}}
     plan = plan_on(str(tables), study=dict(variants=variants, p=[0.1234567, 0.1234568]))
     table = quietly(run_part, plan, "study", str(tables), "Symile", tmp_path/"out", tmp_path/"record", progress=False)
-    assert table.groupby(["variant", "p"]).ngroups == 6 and table["digest"].nunique() == 4         # equal settings are one run, under both names
+    # equal settings are one run, under both names
+    assert table.groupby(["variant", "p"]).ngroups == 6 and table["digest"].nunique() == 4
     assert len(list((tmp_path/"out"/"runs").iterdir())) == 4
     with pytest.raises(DataError, match="seeds: 0 comes twice"): plan_on(str(tables), study=dict(seeds=[0, 0]))
 
@@ -396,8 +453,10 @@ def test_nothing_is_written_beside_a_persons_data(tables, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path/"my data").rglob("*")} == before
     assert len(table) and not any("my data" in str(path.relative_to(tmp_path)) for path in (tmp_path/"out").rglob("*"))
     for bad in (data, f"{data}/results"):
-        for call in (lambda: run_part(plan, "study", data, "Symile", bad, tmp_path/"record"), lambda: parts_to_do(plan, "study", bad, tmp_path/"record"),
-                     lambda: collect(plan, "study", tmp_path/"out", bad), lambda: run_all(quietly(make_specs, data=data, **SMALL), bad)):
+        for call in (lambda: run_part(plan, "study", data, "Symile", bad, tmp_path/"record"),
+                     lambda: parts_to_do(plan, "study", bad, tmp_path/"record"),
+                     lambda: collect(plan, "study", tmp_path/"out", bad),
+                     lambda: run_all(quietly(make_specs, data=data, **SMALL), bad)):
             with pytest.raises(OutputError, match="is where the data are"): quietly(call)
     assert {path: path.read_bytes() for path in (tmp_path/"my data").rglob("*")} == before
 
@@ -406,7 +465,8 @@ def test_a_persons_tables_are_read_once(tables, tmp_path, monkeypatch):
     "However many runs are planned on them; and again when they have changed."
     quietly(shutil.copytree, tables, tmp_path/"tables")
     reads = []
-    monkeypatch.setattr(spec_module, "load_tabular", lambda *args, **kwargs: reads.append(args) or load_tabular(*args, **kwargs))
+    monkeypatch.setattr(spec_module, "load_tabular", lambda *args,
+                        **kwargs: reads.append(args) or load_tabular(*args, **kwargs))
     plan = plan_on(str(tmp_path/"tables"), study=dict(seeds=range(9), p=[0, 0.5, 1]))
     standing = quietly(progress_table, plan, tmp_path)
     assert standing["planned"].tolist() == [1, 27] and len(reads) == 1
@@ -419,7 +479,8 @@ def test_a_persons_tables_are_read_once(tables, tmp_path, monkeypatch):
 
 def test_the_same_tables_elsewhere_are_the_same_run(tables, tmp_path):
     quietly(shutil.copytree, tables, tmp_path/"elsewhere")
-    a, b = (quietly(make_specs, data=str(where), objectives="Symile", p=0., **SMALL)[0] for where in (tables, tmp_path/"elsewhere"))
+    a, b = (quietly(make_specs, data=str(where), objectives="Symile", p=0., **SMALL)[0]
+            for where in (tables, tmp_path/"elsewhere"))
     assert a.digest == b.digest and a.data != b.data
 
 
@@ -427,8 +488,10 @@ def test_a_list_of_tables_is_a_data_set_of_a_plan(tables, tmp_path):
     data = [str(tables/"image.csv"), str(tables/"text-note.parquet")]
     plan, where = plan_on(data, study={}), dict(out=tmp_path/"out", record=tmp_path/"record")
     assert plan.stages["study"].pairs == [(label(data), "Symile")]
-    for name in (data, label(data)): assert len(quietly(run_part, plan, "study", name, "Symile", **where, progress=False))
-    assert set(quietly(collect, plan, "study", **where)["data"]) == {label(data)} and len(list((tmp_path/"out"/"runs").iterdir())) == 1
+    for name in (data, label(data)):
+        assert len(quietly(run_part, plan, "study", name, "Symile", **where, progress=False))
+    assert set(quietly(collect, plan, "study", **where)["data"]) == {label(data)}
+    assert len(list((tmp_path/"out"/"runs").iterdir())) == 1
 
 
 # What is finished, and what is not
@@ -445,9 +508,11 @@ def test_an_interrupted_training_is_no_run(tmp_path, monkeypatch):
         return really(model, *args, **kwargs)
     monkeypatch.setattr(run_module, "fit", fit)
     with pytest.raises(KeyboardInterrupt): quietly(run_all, specs, tmp_path, progress=False)
-    assert set(read_record(tmp_path/"results.parquet")["objective"]) == {"PairwiseCLIP"} and len(list((tmp_path/"weights").iterdir())) == 1
+    assert set(read_record(tmp_path/"results.parquet")["objective"]) == {"PairwiseCLIP"}
+    assert len(list((tmp_path/"weights").iterdir())) == 1
     results = run_all(specs, tmp_path, progress=False)
-    assert trained == ["PairwiseCLIP", "Symile", "Symile", "GRAM"] and results["objective"].unique().tolist() == ["PairwiseCLIP", "Symile", "GRAM"]
+    assert trained == ["PairwiseCLIP", "Symile", "Symile", "GRAM"]
+    assert results["objective"].unique().tolist() == ["PairwiseCLIP", "Symile", "GRAM"]
 
 
 def test_an_interrupted_part_of_a_sweep_is_not_recorded(tables, tmp_path, monkeypatch):
@@ -458,26 +523,32 @@ def test_an_interrupted_part_of_a_sweep_is_not_recorded(tables, tmp_path, monkey
         if len(calls) == 2: raise KeyboardInterrupt
         return really(*args, **kwargs)
     monkeypatch.setattr(run_module, "fit", fit)
-    with pytest.raises(KeyboardInterrupt): quietly(run_part, plan, "study", str(tables), "Symile", **where, progress=False)
-    assert set(quietly(collect, plan, "study", **where)["p"]) == {0} and quietly(parts_to_do, plan, "study", **where) == [(str(tables), "Symile")]
-    assert set(quietly(run_part, plan, "study", str(tables), "Symile", **where, progress=False)["p"]) == {0, 0.5} and len(calls) == 3
+    with pytest.raises(KeyboardInterrupt):
+        quietly(run_part, plan, "study", str(tables), "Symile", **where, progress=False)
+    assert set(quietly(collect, plan, "study", **where)["p"]) == {0}
+    assert quietly(parts_to_do, plan, "study", **where) == [(str(tables), "Symile")]
+    assert set(quietly(run_part, plan, "study", str(tables), "Symile", **where, progress=False)["p"]) == {0, 0.5}
+    assert len(calls) == 3
 
 
 def test_a_run_writes_its_own_weights_only(tmp_path, monkeypatch):
     "And no model is kept."
     written, alive, save, run = [], [], MultimodalModel.save, record_module.run_one
-    monkeypatch.setattr(MultimodalModel, "save", lambda self, path, about=None: written.append(Path(path).name) or save(self, path, about))
+    monkeypatch.setattr(MultimodalModel, "save", lambda self, path,
+                        about=None: written.append(Path(path).name) or save(self, path, about))
     def run_one(*args):
         import gc, weakref
         gc.collect()
-        assert sum(ref() is not None for ref in alive) <= 1                                     # the one just saved, until its name is taken
+        # the one just saved, until its name is taken
+        assert sum(ref() is not None for ref in alive) <= 1
         alive.append(weakref.ref((done := run(*args)).model))
         return done
     monkeypatch.setattr(record_module, "run_one", run_one)
     specs = make_specs(objectives=["PairwiseCLIP", "Symile", "GRAM"], p=0., epochs=1, dim=8)
     run_all(specs, tmp_path, progress=False)
     assert written == [weights_file(tmp_path, spec).name for spec in specs]
-    run_file(tmp_path, specs[1]).unlink()                                                       # as if killed between weights and lines
+    # as if killed between weights and lines
+    run_file(tmp_path, specs[1]).unlink()
     run_all(specs, tmp_path, progress=False)
     assert len(written) == 4 and written[3] == written[1]
 
@@ -509,14 +580,17 @@ class Mine(Objective):
 
 def test_an_objective_of_ones_own_through_the_template(tmp_path):
     (tmp_path/"mine.py").write_text(MINE)
-    done = papermill(tmp_path, "-y", "objectives: [Mine, Symile]", "-y", "plugins: [mine.py]", "-y", "objective_options: {Mine: {power: 2}}", "-y", "p: [0.5]", "-p", "epochs", "2",
+    done = papermill(tmp_path, "-y", "objectives: [Mine, Symile]", "-y", "plugins: [mine.py]", "-y",
+                     "objective_options: {Mine: {power: 2}}", "-y", "p: [0.5]", "-p", "epochs", "2",
                      "-p", "dim", "8", "-p", "out", "out")
     assert done.returncode == 0, done.stderr[-3000:]
     results = pd.read_parquet(tmp_path/"out"/"results.parquet")
     mine = results[results["objective"] == "Mine"]
-    assert {"top1", "weight of fou", "AUROC of fou"} <= set(mine["metric"]) and json.loads(mine["spec"].iloc[0])["objective_options"] == {"log_scale": 1., "power": 2}
+    assert {"top1", "weight of fou", "AUROC of fou"} <= set(mine["metric"])
+    assert json.loads(mine["spec"].iloc[0])["objective_options"] == {"log_scale": 1., "power": 2}
     weights, = (tmp_path/"out"/"weights").glob("Mine_*")
-    ranked = papermill(tmp_path, "-p", "weights", str(weights), "-y", "plugins: [mine.py]", "-p", "k", "2", "-p", "out", "ranked", template=RANK)
+    ranked = papermill(tmp_path, "-p", "weights", str(weights), "-y", "plugins: [mine.py]", "-p", "k", "2", "-p",
+                       "out", "ranked", template=RANK)
     assert ranked.returncode == 0, ranked.stderr[-3000:]
     done = papermill(tmp_path, "-y", "objectives: [Mine]", "-p", "out", "again")
     assert done.returncode != 0 and "objectives: 'Mine' is unknown" in re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
@@ -549,7 +623,8 @@ assert make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)[0
 
 def test_intervals_over_seeds_draw_seeds():
     "Seeds that differ much make a wide interval, where the mean of the seeds' own intervals is narrow; and who is alone is not ahead."
-    lines = [dict(stage="x", data="d", objective="A", variant="v", p=0., seed=s, metric="top1", rows="all", n=400, value=v, by_row=[1.]*int(400*v) + [0.]*int(400*(1 - v)))
+    lines = [dict(stage="x", data="d", objective="A", variant="v", p=0., seed=s, metric="top1", rows="all", n=400,
+                  value=v, by_row=[1.]*int(400*v) + [0.]*int(400*(1 - v)))
              for s, v in ((0, 0.2), (1, 0.8), (2, 0.5))]
     record = pd.DataFrame(lines)
     low, high = record_module.summary(record)[["low", "high"]].iloc[0]

@@ -19,7 +19,8 @@ LOG_SCALE = math.log(1.7)
 def rows(n, D, seed): return unit(torch.randn(n, D, generator=generator(seed), dtype=torch.float64))
 
 
-def random_embeddings(M, B, D, N=None, target=None, seed=0): return [rows(N if m == target else B, D, 100*seed + m) for m in range(M)]
+def random_embeddings(M, B, D, N=None, target=None, seed=0):
+    return [rows(N if m == target else B, D, 100*seed + m) for m in range(M)]
 
 
 def holes(B, M, seed, at_least, target=None):
@@ -50,7 +51,8 @@ def cases(draw, alike=False):
     "An objective and sizes it takes."
     name = draw(st.sampled_from(sorted(OBJECTIVES)))
     M = 3 if name == "TRIANGLE" else draw(st.integers(2, 5))
-    return name, M, draw(st.integers(2 if alike else 1, 5)), draw(st.integers(1, 6)), draw(st.integers(M + 1, 9)), draw(st.booleans()), draw(st.integers(0, 9999))
+    return name, M, draw(st.integers(2 if alike else 1,
+                                     5)), draw(st.integers(1, 6)), draw(st.integers(M + 1, 9)), draw(st.booleans()), draw(st.integers(0, 9999))
 
 
 @settings(max_examples=120, deadline=None)
@@ -87,7 +89,8 @@ def test_order_of_modalities_does_not_matter(case):
     torch.testing.assert_close(got, objective.score(e, target, present), rtol=1e-7, atol=1e-9)
     e, present = random_embeddings(M, B, D, seed=seed), torch.ones(B, M, dtype=torch.bool)
     if M > 2 and with_holes: present[0, seed % M] = False
-    torch.testing.assert_close(objective([e[m] for m in order], turn(present)), objective(e, present), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(objective([e[m] for m in order], turn(present)), objective(e, present), rtol=1e-6,
+                               atol=1e-6)
 
 
 @each
@@ -175,7 +178,8 @@ def test_no_step_of_the_backward_pass_is_nan(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gap, steepest", [(0., 0.15), (1e-8, 1.5), (1e-6, 1.5), (1e-4, 1.5), (1e-2, 1.01), (1., 1.001)])
+@pytest.mark.parametrize("gap, steepest",
+                         [(0., 0.15), (1e-8, 1.5), (1e-6, 1.5), (1e-4, 1.5), (1e-2, 1.01), (1., 1.001)])
 def test_slope_of_a_volume_is_one_at_most_and_none_at_the_bottom(gap, steepest, dtype):
     "Of unit vectors; where little more than rounding is left it may be exceeded somewhat."
     for M in (2, 3, 4):
@@ -309,7 +313,8 @@ class TestContract:
     def test_a_candidate_is_scored_alone(self, name):
         e = random_embeddings(3, 5, 64, 7, 1)
         alone = [x[:1] if m == 1 else x for m, x in enumerate(e)]
-        torch.testing.assert_close(OBJECTIVES[name]().score(alone, 1), OBJECTIVES[name]().score(e, 1)[:, :1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(OBJECTIVES[name]().score(alone, 1), OBJECTIVES[name]().score(e, 1)[:, :1],
+                                   rtol=1e-12, atol=1e-12)
 
     def test_nothing_is_random(self, name):
         objective, e, state = OBJECTIVES[name](), random_embeddings(3, 5, 6), torch.get_rng_state()
@@ -318,13 +323,15 @@ class TestContract:
 
     def test_training_pulls_true_rows_together(self, name):
         "From random embeddings of 12 rows, a few steps find them all."
-        objective, e = OBJECTIVES[name](), [torch.randn(12, 8, generator=generator(m)).requires_grad_() for m in range(3)]
+        objective, e = OBJECTIVES[name](), [torch.randn(12, 8, generator=generator(m)).requires_grad_()
+                                            for m in range(3)]
         optimiser = torch.optim.Adam([*e, *objective.parameters()], lr=0.1)
         for _ in range(50):
             optimiser.zero_grad()
             objective([unit(x) for x in e]).backward()
             optimiser.step()
-        with torch.no_grad(): assert all((objective.score([unit(x) for x in e], t).argmax(1) == torch.arange(12)).all() for t in range(3))
+        with torch.no_grad():
+            assert all((objective.score([unit(x) for x in e], t).argmax(1) == torch.arange(12)).all() for t in range(3))
 
     @pytest.mark.parametrize("change, error, words", [
         (lambda e: [e[0], e[1][:3], e[2]], ShapeError, "same rows"),
@@ -341,8 +348,10 @@ class TestContract:
         with pytest.raises(RangeError, match="target"): objective.score(e, 3)
         with pytest.raises(RangeError, match="log_scale"): OBJECTIVES[name](10.)
         with pytest.raises(MissingError, match="fewer than 2"): objective(e, torch.eye(5, 3) > 0)
-        with pytest.raises(MissingError, match="no query modality"): objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
-        with pytest.raises(MissingError, match="no modality is present in 2 rows"): both_ways([torch.zeros(2, 2)]*2, torch.eye(2) > 0)
+        with pytest.raises(MissingError, match="no query modality"):
+            objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
+        with pytest.raises(MissingError, match="no modality is present in 2 rows"):
+            both_ways([torch.zeros(2, 2)]*2, torch.eye(2) > 0)
         with pytest.raises(DtypeError, match="bool"): objective(e, torch.ones(5, 3))
 
     def test_memory_is_that_of_rows_and_scores(self, name):
@@ -376,6 +385,7 @@ def test_orthonormal(K, B, D, seed):
     if K > D:
         assert volume.abs().max() < 1e-6
         return
-    torch.testing.assert_close(volume, torch.tensor([-volume_score(v) for v in zip(*e)], dtype=torch.float64), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(volume, torch.tensor([-volume_score(v) for v in zip(*e)], dtype=torch.float64),
+                               rtol=1e-5, atol=1e-9)
     q = torch.stack(basis, 1)
     torch.testing.assert_close(q @ q.mT, torch.eye(K, dtype=torch.float64).expand(B, K, K), rtol=0, atol=1e-8)
