@@ -1,4 +1,4 @@
-"Numbers as people have them: NumPy's are as good as Python's, wherever one is asked for. Lengths as they come, files that are whole."
+"Numbers as people have them, NumPy's as good as Python's; lengths as they come; files that are whole."
 import re
 import threading
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from gated_symile.core import check_range, check_whole, fill_missing, generator, unit, whole_file, DtypeError, EPS, RangeError
+from gated_symile.core import (check_range, check_whole, fill_missing, generator, unit, whole_file, DtypeError, EPS,
+                               RangeError)
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.data.xor import synthetic_xor
 from gated_symile.encoders import MLP

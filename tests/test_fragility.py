@@ -25,7 +25,7 @@ from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
 from gated_symile.search import rank_dataset, rank_in_banks, rank_true
-from gated_symile.statistics import auroc, bootstrap_interval
+from gated_symile.statistics import bootstrap_interval
 
 NAMES = ["A", "B", "C"]
 cosines, sizes = st.floats(-1, 1), st.integers(1, 500)

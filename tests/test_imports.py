@@ -11,7 +11,8 @@ from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core product contrastive cube neutral gate.fits gate.factorised gate.gate
-    objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated objectives.subset
+    objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated
+    objectives.subset
     statistics data.dataset data.corruption data.splits data.xnor data.xor data.mfeat data.tabular
     encoders model search bank training fragility auditing runs.spec runs.run runs.record runs.plan plots""".split()
 GENERATED = "__init__", "_modidx"

@@ -1,4 +1,4 @@
-"Runs from specification to record: their identity, what is checked, what is kept; and the templates as their users run them, by papermill."
+"Runs from specification to record: identity, checks, what is kept; the templates as users run them, by papermill."
 import json
 import re
 import shutil
@@ -18,11 +18,12 @@ from safetensors.torch import save
 import gated_symile.runs.record as record_module
 import gated_symile.runs.run as run_module
 import gated_symile.runs.spec as spec_module
-from gated_symile import (audit, encode_bank, generator, load_tabular, MultimodalModel, rank_dataset, retrieve,
+from gated_symile import (audit, generator, load_tabular, MultimodalModel, retrieve,
                           DataError, DtypeError, MissingError, OutputError, RangeError, ShapeError, UnknownNameError)
 from gated_symile.objectives.base import registered
-from gated_symile.runs.plan import collect, parts_to_do, Plan, progress_table, run_part, Stage
-from gated_symile.runs.record import load_run, open_folder, rank_files, read_record, run_all, run_file, save_run, weights_file
+from gated_symile.runs.plan import collect, parts_to_do, Plan, progress_table, run_part
+from gated_symile.runs.record import (load_run, open_folder, rank_files, read_record, run_all, run_file, save_run,
+                                      weights_file)
 from gated_symile.runs.run import run_one, split_data
 from gated_symile.runs.spec import label, make_specs, RunSpec
 
@@ -609,7 +610,8 @@ spec, = make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)
 run_all([spec], "out", progress=False)
 saved = load_run(weights_file("out", spec))
 assert len(audit(saved.model, saved.read("mfeat")[:200], "pix", generator=generator(0)))
-stages = {name: dict(objectives=["Mine"], data=["mfeat"], p=[0.5], seeds=[seed], tuned=False, settings={"mfeat": {"epochs": 1, "dim": 8}}) for name, seed in (("tuning", 100), ("study", 0))}
+common = dict(objectives=["Mine"], data=["mfeat"], p=[0.5], tuned=False, settings={"mfeat": {"epochs": 1, "dim": 8}})
+stages = {name: dict(seeds=[seed], **common) for name, seed in (("tuning", 100), ("study", 0))}
 plan = Plan.load(dict(space={}, stages=stages, plugins=["mine.py"]))
 assert set(run_part(plan, "study", "mfeat", "Mine", "sweep", "record", progress=False)["objective"]) == {"Mine"}
 Path("mine.py").write_text(Path("mine.py").read_text() + "# changed\\n")
@@ -622,7 +624,7 @@ assert make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)[0
 # One bootstrap
 
 def test_intervals_over_seeds_draw_seeds():
-    "Seeds that differ much make a wide interval, where the mean of the seeds' own intervals is narrow; and who is alone is not ahead."
+    "Seeds that differ much make a wide interval, though each seed's own is narrow; and who is alone is not ahead."
     lines = [dict(stage="x", data="d", objective="A", variant="v", p=0., seed=s, metric="top1", rows="all", n=400,
                   value=v, by_row=[1.]*int(400*v) + [0.]*int(400*(1 - v)))
              for s, v in ((0, 0.2), (1, 0.8), (2, 0.5))]

@@ -54,8 +54,8 @@ def test_a_mean_over_seeds_is_drawn_by_counts(seed, S, B, kind, level):
         means[:, s] = rng.multinomial(B, counts/B, 2000) @ kinds / B
     drawn = np.take_along_axis(means, rng.integers(S, size=means.shape), 1).mean(1)
     expected = tuple(np.quantile(drawn, [(1 - level)/2, (1 + level)/2]).tolist())
-    for given in (values, [torch.tensor(x) for x in values], [x.tolist() for x in values]):
-        assert bootstrap_interval(given, level=level) == expected
+    for several in (values, [torch.tensor(x) for x in values], [x.tolist() for x in values]):
+        assert bootstrap_interval(several, level=level) == expected
     if S == 1: assert bootstrap_interval(torch.tensor(values[0]), level=level) == expected
 
 

@@ -1,4 +1,4 @@
-"GRAM and TRIANGLE: against slow loops in float64, where vectors coincide, with holes, in few digits, and in bounded memory."
+"GRAM and TRIANGLE: against slow loops in float64, where vectors coincide, with holes, few digits, bounded memory."
 import math
 
 import pytest
@@ -51,8 +51,8 @@ def cases(draw, alike=False):
     "An objective and sizes it takes."
     name = draw(st.sampled_from(sorted(OBJECTIVES)))
     M = 3 if name == "TRIANGLE" else draw(st.integers(2, 5))
-    return name, M, draw(st.integers(2 if alike else 1,
-                                     5)), draw(st.integers(1, 6)), draw(st.integers(M + 1, 9)), draw(st.booleans()), draw(st.integers(0, 9999))
+    B, N, D = (draw(st.integers(low, high)) for low, high in ((2 if alike else 1, 5), (1, 6), (M + 1, 9)))
+    return name, M, B, N, D, draw(st.booleans()), draw(st.integers(0, 9999))
 
 
 @settings(max_examples=120, deadline=None)
@@ -134,7 +134,7 @@ def test_triangle_sees_a_sign():
 
 
 def coincidences(M, D=16, B=4, dtype=torch.float64, gap=0.):
-    "Tuples of aligned rows, candidates in slot 0, in which two or more vectors coincide or are opposite, but for a `gap`."
+    "Aligned rows, candidates in slot 0, in which two or more vectors coincide or are opposite, but for a `gap`."
     v = [x.to(dtype) for x in random_embeddings(M + 1, B, D)]
     near = lambda x: unit(x.double() + gap*rows(B, D, 77)).to(dtype)
     yield [near(v[1]), *v[1:M]]                                            # candidate and query
@@ -191,7 +191,7 @@ def test_slope_of_a_volume_is_one_at_most_and_none_at_the_bottom(gap, steepest, 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 4), st.integers(0, 9999))
 def test_geometry(M, seed):
-    "Turning all vectors changes nothing; adding a multiple of a query to the candidate keeps a volume, moving the origin an area; scaling scales."
+    "Turning changes nothing; adding a multiple of a query keeps a volume, moving the origin an area; scaling scales."
     e = [torch.randn(4, 7, generator=generator(10*seed + m), dtype=torch.float64) for m in range(M)]
     turn = torch.linalg.qr(torch.randn(7, 7, generator=generator(seed), dtype=torch.float64))[0]
     v = volumes(e, 0)
@@ -213,7 +213,7 @@ def test_geometry(M, seed):
 @pytest.mark.parametrize("M", [3, 4, 5])
 @pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_queries_that_nearly_agree_keep_their_digits(M, gap):
-    "A float32 determinant of these has no correct digit at a gap of 1e-3; float32 rows themselves are only known to 6e-8 / gap."
+    "A float32 determinant of these has no correct digit at a gap of 1e-3; the rows are only known to 6e-8 / gap."
     middle = rows(20, 64, 5)
     e = [x.float() for x in (rows(30, 64, 6), *(unit(middle + gap*rows(20, 64, 7 + m)) for m in range(M - 1)))]
     true = volumes([x.double() for x in e], 0)

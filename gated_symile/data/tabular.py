@@ -57,7 +57,7 @@ def _features(frame, where):
     nameless = [c for c in frame.columns if str(c).strip() == "" or str(c).startswith(("Unnamed: ", "__index_level_"))]
     if nameless: raise DataError(f"{where}: {len(nameless)} columns have no name ({nameless[:3]}), probably a row "
                                  "index: write the file with index=False")
-    objects = frame.columns[frame.dtypes == object]
+    objects = frame.columns[[dtype == "object" for dtype in frame.dtypes]]
     frame = frame.assign(**frame[objects].convert_dtypes()) if len(objects) else frame     # yes and no with holes, say
     other = [c for c, dtype in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
     huge = [c for c in other if _too_large(frame[c])]

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, cache
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def _dataset_source(dataset, **about):
         return corrupted_splits(dataset.select(names), p, generator, **options)
     return Source(dataset.names, splits, about.pop("options", options_of(corrupted_splits)), **about)
 
-@lru_cache(maxsize=None)
+@cache
 def _known_source(name):
     if name == "mfeat": return _dataset_source(mfeat(MFEAT_VIEWS), target="pix", queries=("fou", "zer"))
     options = {"fractions": [0.8, 0.1, 0.1], **options_of(synthetic_xnor)}
@@ -135,7 +135,7 @@ def label(
     return data if isinstance(data, str) else ", ".join(map(str, data))
 
 # %% ../../nbs/api/runs/spec.ipynb #0d0136d8
-@lru_cache(maxsize=None)
+@cache
 def _run_file(path, stamp):
     "A file's module, run once for each version of the file."
     name = f"plugin_{path.stem}"
@@ -158,7 +158,7 @@ def load_plugins(
                 raise MissingError(f"plugins: there is no module {plugin!r} ({error}); a file ends in .py") from error
     return plugins
 
-@lru_cache(maxsize=None)
+@cache
 def _digest_of_file(path, stamp): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/api/runs/spec.ipynb #ebd6f720
@@ -204,7 +204,7 @@ def as_list(
     if not values: raise DtypeError(f"{argument} must not be empty")
     return values
 
-@lru_cache(maxsize=None)
+@cache
 def _try(objective, n_modalities, dim, objective_options, encoder_options):
     "Make an objective and an encoder of these options once: they check their own values."
     with torch.random.fork_rng(devices=[]):
