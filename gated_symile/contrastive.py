@@ -52,17 +52,16 @@ class _Held(torch.autograd.Function):
     def forward(x, low, high): return x.clamp(low, high)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, *ctx.bounds = inputs
-        ctx.save_for_backward(x)
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        x, low, high = ctx.saved_tensors
         return g.masked_fill((x >= high) & (g < 0) | (x <= low) & (g > 0), 0), None, None
 
+# %% ../nbs/api/contrastive.ipynb #3bedff7a
 class LogitScale(nn.Module):
-    "Learnable contrastive scale `exp(log_scale)`, held in `[exp(low), exp(high)]`; `RangeError` if it doesn't start there."
+    "Learnable contrastive scale `exp(log_scale)`, held in `[exp(low), exp(high)]`; `RangeError` if it starts beyond."
     def __init__(self,
         log_scale:float=0., # initial logarithm of the scale
         low:float=-math.log(100), # smallest logarithm
@@ -73,7 +72,8 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(float(check_range("log_scale", log_scale, low, high))))
 
     def forward(self) -> Tensor: # the scale, a scalar
-        return _Held.apply(self.log_scale, self.low, self.high).exp()
+        low, high = (torch.full_like(self.log_scale, bound) for bound in (self.low, self.high))
+        return _Held.apply(self.log_scale, low, high).exp()
 
     def extra_repr(self): return f"low={self.low:.3g}, high={self.high:.3g}"
 
@@ -96,7 +96,8 @@ def shuffle_scores(
 ) -> Tensor: # `(B, B)`: anchor i with shuffled tuple j; true rows on the diagonal, and `STRUCK_OUT` elsewhere
     "Scaled MIPs with negatives that shuffle every modality but the anchor, in one draw of B tuples."
     B, D = embeddings[0].shape
-    where = [torch.randperm(B, generator=generator).to(e.device) for e in embeddings] # the row each part comes from
+    source = {} if generator is None else {"generator": generator}                # a compiled program takes none
+    where = [torch.randperm(B, **source).to(e.device) for e in embeddings]        # the row each part comes from
     scores = embeddings[target] @ query_product([e[rows] for e, rows in zip(embeddings, where)], target).T
     row = torch.arange(B, device=scores.device)
     true = row[:, None] == row
@@ -161,7 +162,7 @@ class _Accumulate(torch.autograd.Function):
         return None, *(None if grad is None else upstream * grad for grad in ctx.saved_tensors)
 
 def accumulate(
-    losses:Iterable[Callable[..., Tensor]], # functions of the shared tensors that give a scalar each, and of nothing else
+    losses:Iterable[Callable[..., Tensor]], # functions of the shared tensors, and of nothing else, that give scalars
     *shared:Tensor, # what they are computed from
 ) -> Tensor: # the sum, a scalar
     "Sum of losses of which only one at a time is in memory; can be differentiated once."

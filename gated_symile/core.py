@@ -77,7 +77,8 @@ def check_whole(
     return int(check_range(argument, value, low, high))
 
 # %% ../nbs/api/core.ipynb #b551eb49
-EPS = 1e-6 # vectors shorter than this have no direction: they are scaled by `1/EPS` instead of `1/length`
+def _eps(): return 1e-6 # a literal: `torch.compile` takes a global number for something that may change
+EPS = _eps() # vectors shorter than this have no direction: they are scaled by `1/EPS` instead of `1/length`
 
 def full_precision(
     x:Tensor, # any tensor of the computation; only its device matters
@@ -92,8 +93,6 @@ def upcast(
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../nbs/api/core.ipynb #5884cacc
-_SHRINK = {torch.float32: 2.**-80, torch.float64: 2.**-528} # no square overflows then, and no length falls below EPS
-
 class _Unit(torch.autograd.Function):
     "Vectors over their lengths, and these lengths."
     generate_vmap_rule = True
@@ -101,9 +100,10 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        shrink = torch.ones_like(length).masked_fill_(length.isinf(), _SHRINK[x.dtype])
+        small = 2.**-528 if x.dtype == torch.float64 else 2.**-80 # no square overflows, no length falls below EPS
+        shrink = torch.ones_like(length).masked_fill_(length.isinf(), small)
         y = x * shrink
-        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(_eps())
         return y.div_(length), length.div_(shrink)
 
     @staticmethod
@@ -115,7 +115,7 @@ class _Unit(torch.autograd.Function):
         y, length = ctx.saved_tensors
         along = torch.zeros_like(length) if g is None else torch.linalg.vecdot(g, y).unsqueeze(-1)
         if g_length is not None: along = along - g_length * length
-        along = along.masked_fill(length <= EPS, 0.)
+        along = along.masked_fill(length <= _eps(), 0.)
         return torch.addcmul(torch.zeros_like(y) if g is None else g, y, along, value=-1).div_(length)
 
 # %% ../nbs/api/core.ipynb #eb2f4cfe
@@ -123,11 +123,7 @@ def unit(
     x:Tensor, # vectors along the last dimension, `(..., D)`
 ) -> Tensor: # the same directions with length 1, at least `float32`; zero stays zero
     "Scale vectors to unit length, in full precision."
-    with full_precision(x):
-        if not torch.compiler.is_compiling(): return _Unit.apply(upcast(x))[0]
-        x = upcast(x)                                                      # a compiler finds the gradient by itself
-        x = torch.where(torch.linalg.vector_norm(x, dim=-1, keepdim=True).isinf(), x * _SHRINK[x.dtype], x)
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    with full_precision(x): return _Unit.apply(upcast(x))[0]
 
 # %% ../nbs/api/core.ipynb #010b9d83
 def generator(

@@ -11,6 +11,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .contrastive import contrasted, mean_counted
 from .product import dvs, mip
@@ -49,7 +50,7 @@ def _axis_log_sums(scores, shift, space):
     return sums.sum(1).log(), sums.sum(0).log(), scores.sum((0, 1)).log()
 
 def _log_sums(x, y, z, shift=None, kept=()):
-    "Log-sum-exp of the cube over all axes but each; with a shift, less that, and the first exponentials left in `kept`."
+    "Log-sum-exp of the cube over all axes but each; with a shift, less that, and first exponentials are `kept`."
     parts = []
     for here, xy, scores, space, _ in _slabs(x, y, z):
         parts.append(_axis_log_sums(_scores(xy, z, kept[here] if here.stop <= len(kept) else scores), shift, space))
@@ -71,38 +72,42 @@ def _own_gradient(scores, anchors, out, space):
     return out
 
 # %% ../nbs/api/cube.ipynb #98056a3a
-def _kept(x, y, z): return x.new_empty(torch.sym_min(x.shape[0], KEPT // (y.shape[0] * z.shape[0])), y.shape[0], z.shape[0])
+def _as_rows(kept, x, y, z):
+    "Room for exponentials, as the first rows of the cube."
+    rows, line = min(len(x), len(kept) // (len(y) * len(z))), (len(y), len(z))
+    return kept[:rows * line[0] * line[1]].view(rows, *line)
 
 @torch.library.custom_op("gated_symile::cube_log_sums", mutates_args=())
 def cube_log_sums(
     x:Tensor, # `(P, D)`
     y:Tensor, # `(B, D)`
     z:Tensor, # `(C, D)`
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: # `(P,)`, `(B,)`, `(C,)`, the shift `(1,)`, whether it did, and what is kept
-    "Log-sum-exp of the cube over all axes but one, for each of its three axes, less a shift; and what the gradient needs."
-    shift, kept = _log_sums(x[:1], y, z)[0], _kept(x, y, z)
-    log_sums = _log_sums(x, y, z, shift, kept)
+) -> list[Tensor]: # log-sums `(P,)`, `(B,)`, `(C,)`, less the shift; the shift `(1,)`, whether it did, and what is kept
+    "Log-sum-exp of the cube over all axes but each, and what the gradient needs."
+    shift, kept = _log_sums(x[:1], y, z)[0], x.new_empty(KEPT)
+    log_sums = _log_sums(x, y, z, shift, _as_rows(kept, x, y, z))
     shared = torch.cat(log_sums).abs().max() < SAFE_SPREAD
-    return (*log_sums, shift, shared, kept) if shared else (*_log_sums(x, y, z), torch.zeros_like(shift), shared, kept)
+    return [*log_sums, shift, shared, kept] if shared else [*_log_sums(x, y, z), torch.zeros_like(shift), shared, kept]
 
 @cube_log_sums.register_fake
 def _(x, y, z):
-    return (*(x.new_empty(e.shape[0]) for e in (x, y, z)), x.new_empty(1), x.new_empty((), dtype=torch.bool), _kept(x, y, z))
+    shared = x.new_empty((), dtype=torch.bool)
+    return [*(e.new_empty(e.shape[0]) for e in (x, y, z)), x.new_empty(1), shared, x.new_empty(KEPT)]
 
 # %% ../nbs/api/cube.ipynb #aae3512c
 @torch.library.custom_op("gated_symile::cube_slopes", mutates_args=())
 def cube_slopes(
-    v:list[Tensor], # derivatives of the loss by the three log-sums
+    slopes:list[Tensor], # derivatives of the loss by the three log-sums
     xyz:list[Tensor], # as for `cube_log_sums`
     found:list[Tensor], # what that returned
-) -> tuple[Tensor, Tensor, Tensor]: # `(P, D)`, `(B, D)`, `(C, D)`
+) -> list[Tensor]: # `(P, D)`, `(B, D)`, `(C, D)`
     "Derivatives of the loss by the three tensors the cube is made of."
-    (v_x, v_y, v_z), (x, y, z), (l_x, l_y, l_z, shift, shared, kept) = v, xyz, found
-    dx, dy, dz = (torch.zeros_like(e) for e in (x, y, z))
-    n_kept = len(kept) if shared else 0
+    (v_x, v_y, v_z), (x, y, z), (l_x, l_y, l_z, shift, shared, kept) = slopes, xyz, found
+    dx, dy, dz = (torch.zeros_like(e) for e in xyz)
+    kept = _as_rows(kept, x, y, z) if shared else ()
     for here, xy, scores, g, space in _slabs(x, y, z):
         anchors = (l_x[here, None, None], v_x[here, None, None]), (l_y[:, None], v_y[:, None]), (l_z, v_z)
-        if here.stop <= n_kept: _shared_gradient(kept[here], anchors, g)
+        if here.stop <= len(kept): _shared_gradient(kept[here], anchors, g)
         elif shared: _shared_gradient(_exp(_scores(xy, z, scores), shift, scores), anchors, g)
         else: _own_gradient(_scores(xy, z, scores), anchors, g, space)
         g = g.flatten(0, 1)
@@ -110,14 +115,27 @@ def cube_slopes(
         torch.mm(g, z, out=xy.flatten(0, 1))                               # the products' derivative takes their place
         for row, d in zip(x[here], xy): dy.addcmul_(d, row)
         dx[here] = xy.mul_(y).sum(1)
-    return dx, dy, dz
+    return [dx, dy, dz]
 
 @cube_slopes.register_fake
-def _(v, xyz, found): return tuple(torch.empty_like(e) for e in xyz)
+def _(slopes, xyz, found): return [torch.empty_like(e) for e in xyz]
 
-def _keep(ctx, inputs, output): ctx.save_for_backward(*inputs, *output)
-def _slopes(ctx, *v): return cube_slopes(list(v[:3]), list(ctx.saved_tensors[:3]), list(ctx.saved_tensors[3:]))
-cube_log_sums.register_autograd(_slopes, setup_context=_keep)
+# %% ../nbs/api/cube.ipynb #57fb0101
+class _CubeLogSums(torch.autograd.Function):
+    "`cube_log_sums` with its gradient."
+    @staticmethod
+    def forward(x, y, z): return tuple(cube_log_sums(x, y, z))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v_x, v_y, v_z, *_):
+        x, y, z, *found = ctx.saved_tensors
+        return tuple(cube_slopes([v_x, v_y, v_z], [x, y, z], found))
 
 # %% ../nbs/api/cube.ipynb #bb399cce
 def weighted(
@@ -137,12 +155,12 @@ def all_loss(
     present:Tensor|None=None, # bool `(B, M)`; absent rows of a modality all hold the same vector, and are no anchors
     generator:torch.Generator|None=None, # not used: nothing is random here
 ) -> Tensor: # a scalar
-    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives (Saporta et al. 2024); keeps `(B**(M-2), D)` products."
+    "Symile's InfoNCE with all `B**(M-1)` combinations as negatives (Saporta et al. 2024); holds `B**(M-2)` products."
     (B, D), M, counted = embeddings[0].shape, len(embeddings), contrasted(present)
     factors = [*embeddings[:-1], embeddings[-1] * (scale * dvs(M, D))]
     *first, y, z = weighted(factors, present)
     x = reduce(lambda x, e: (x[:, None] * e).flatten(0, 1), first, y.new_ones(1, y.shape[1]))     # (B**(M-2), D)
-    outer, log_y, log_z, shift, *_ = cube_log_sums(x, y, z)
+    outer, log_y, log_z, shift, *_ = _CubeLogSums.apply(x, y, z)
     outer, true = outer.view([B] * (M - 2)), mip(factors) - shift
     log_sums = [outer.movedim(m, 0).reshape(B, -1).logsumexp(1) for m in range(M - 2)] + [log_y, log_z]
     if present is None: return mean_counted([(l - true).mean() for l in log_sums], None)

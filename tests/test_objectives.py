@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from symile import MIPSimilarity, Symile as PackageSymile
 
-from gated_symile.contrastive import _own_gradient, all_loss, candidate_scores, shuffle_scores, STRUCK_OUT
+from gated_symile.contrastive import candidate_scores, shuffle_scores, STRUCK_OUT
 from gated_symile.core import generator, unit, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError
+from gated_symile.cube import _own_gradient, all_loss
 from gated_symile.gate.gate import ModalityGate
 from gated_symile.product import dvs, mip, mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
@@ -65,7 +66,7 @@ def test_shuffled_loss_matches_the_package(M, monkeypatch):
 def test_all_combinations_match_the_package(M, B, scale, safe_spread, kept_rows, monkeypatch):
     "The streamed cube against every combination listed, with slabs that don't divide the rows, and exponentials kept for none, some or all of them."
     for name, value in {"SLAB": 2*B*max(B, 6) + 1, "KEPT": kept_rows * B**2, "SAFE_SPREAD": safe_spread}.items():
-        monkeypatch.setattr(f"gated_symile.contrastive.{name}", value)
+        monkeypatch.setattr(f"gated_symile.cube.{name}", value)
     e = [x.requires_grad_() for x in random_embeddings(M, B, 6)]
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     ours, theirs = all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(M, 6))
@@ -110,7 +111,7 @@ def test_a_hole_is_no_negative(negatives):
 @pytest.mark.parametrize("kept", [0, 2**22])
 def test_all_combinations_in_float32(scale, kept, monkeypatch):
     "Well-trained rows: negatives far below the true ones. The scores are rounded already, so the package in float32 is the measure."
-    monkeypatch.setattr("gated_symile.contrastive.KEPT", kept)
+    monkeypatch.setattr("gated_symile.cube.KEPT", kept)
     a, b = (torch.randn(24, 64, generator=generator(m)).sign() for m in range(2))
     e = [unit(x + 0.5*torch.randn(24, 64, generator=generator(9 + m))).requires_grad_() for m, x in enumerate((a, b, a*b))]
     s, exact_e = torch.tensor(scale), [x.detach().double().requires_grad_() for x in e]

@@ -226,7 +226,7 @@ def test_diversity_is_a_scale_of_each_row(size, holes, seed):
     got = diversity(filled, target, present)
     close(got.tolist(), [float(oracle_diversity(filled, target, i, present)) for i in range(size[1])])
     assert (got >= -1e-9).all() and (got <= 2 + 1e-9).all()
-    scaled, logits = objective._logits(filled, target, present), SubsetSymile(penalty=0.).double()._logits(filled, target, present)
+    scaled, logits = objective._subset_logits(filled, target, present), SubsetSymile(penalty=0.).double()._subset_logits(filled, target, present)
     close(scaled, torch.where(logits.isfinite(), got[:, None] * logits, logits))
 
 

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from ..contrastive import mean_over_targets
-from ..core import unit
+from ..core import unit, EPS
 from .base import Objective, register
 
 # %% ../../nbs/api/objectives/gram.ipynb #9874fe56
 def orthonormal(
     vectors:list[Tensor], # K tensors `(B, D)`
-) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` of each row's vectors
-    "Orthonormal bases by Gram-Schmidt, row by row; a vector without a direction of its own gives one of next to no length."
+) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` they enclose
+    "Orthonormal bases by Gram-Schmidt, row by row; a vector with no direction of its own gives one of next to no length."
     basis, volume = [], 1.
     for e in vectors:
         for q in basis: e = e - torch.linalg.vecdot(q, e).unsqueeze(-1) * q
-        basis.append(unit(e))
-        volume = volume * torch.linalg.vecdot(basis[-1], e)                        # the length of e, and flat at 0
+        basis.append(q := unit(e))
+        length, flat = torch.linalg.vecdot(q, e), torch.linalg.vecdot(q.detach(), e)      # the same, but for their slopes
+        volume = volume * torch.where(length > EPS, length, flat)
     return basis, volume
 
 # %% ../../nbs/api/objectives/gram.ipynb #40f3a694
