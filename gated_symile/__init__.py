@@ -20,7 +20,7 @@ from .core import (generator, unit, DataError, DtypeError, GatedSymileError, Mis
 from .product import dvs, mip, mip_scores
 from .contrastive import info_nce, LogitScale
 from .neutral import NeutralDirections
-from .gate import ModalityGate
+from .gate.gate import ModalityGate
 from .objectives.base import make_objective, register, registered, Objective
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile

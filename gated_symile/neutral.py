@@ -9,7 +9,7 @@ __all__ = ['NEUTRALS', 'NeutralDirections']
 import torch
 from torch import nn, Tensor
 
-from .core import check_name, unit
+from .core import check_name, unit, upcast
 
 # %% ../nbs/api/neutral.ipynb #5243b741
 def _ones(n_modalities, dim, generator): return torch.full((n_modalities, dim), dim**-0.5)
@@ -23,7 +23,7 @@ class NeutralDirections(nn.Module):
     def __init__(self,
         n_modalities:int, # M
         dim:int, # D, the width of the embeddings
-        kind:str="learned", # `"learned"` (random at first), `"random"` and frozen, `"ones"`, or `"none"`: zeros, which have no direction
+        kind:str="learned", # `"learned"` (random at first), `"random"` (frozen), `"ones"`, `"none"`: zeros
         generator:torch.Generator|None=None, # source of the random directions
     ):
         super().__init__()
@@ -34,7 +34,8 @@ class NeutralDirections(nn.Module):
         return unit(self.directions)
 
     def stand_in(self) -> Tensor: # `(M, D)`, unit rows
-        "What replaces a missing modality: its neutral direction, or, where there is none, all ones, which change nothing."
-        return torch.full_like(self.directions, self.directions.shape[1]**-0.5) if self.kind == "none" else self()
+        "What replaces a missing modality: its neutral direction, or, where there is none, ones, which change nothing."
+        if self.kind != "none": return self()
+        return torch.full_like(upcast(self.directions), self.directions.shape[1]**-0.5)
 
     def extra_repr(self): return f"{self.kind}, n_modalities={len(self.directions)}, dim={self.directions.shape[1]}"

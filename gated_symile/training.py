@@ -24,7 +24,7 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 from .core import (check_present, check_finite, check_name, check_range, check_whole, fill_missing, generator, unit, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.dataset import MultimodalDataset
-from .gate import ModalityGate
+from .gate.gate import ModalityGate
 from .retrieval import _standardised_otherwise, check_inputs, evaluating, rank_in_banks, Ranks
 
 # %% ../nbs/api/training.ipynb #05c22776

@@ -42,7 +42,7 @@ def gated_score(gate, embeddings, target, i, j, present=None):
         fits = [unit(gate.fit.query[target] @ c) @ unit(gate.fit.key[m] @ torch.where(torch.tensor(ok), embeddings[m][i], 1.)) / T
                 for m, ok in zip(queries, here)]
         null = (gate.fit.null_head(c[None])[0, 0] + gate.fit.null_bias[target]) / T if has_null else None
-    if gate.weighting.weights.__name__ == "softmax_weights":
+    if gate.weighting == "softmax":
         total = sum(f.exp() for f, ok in zip(fits, here) if ok) + (null.exp() if has_null else 0)
         weights = [f.exp() / total for f in fits]
     else:

@@ -11,7 +11,7 @@ from gated_symile.core import check_range, check_whole, fill_missing, generator,
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.data.xor import synthetic_xor
 from gated_symile.encoders import MLP
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.gram import GRAM

@@ -16,7 +16,7 @@ from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.encoders import MLP
 from gated_symile.fragility import accuracy_by_corruption, expected_loss, expected_top1, gate_by_corruption, moved_by_corruption
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.product import mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
@@ -476,5 +476,5 @@ def test_a_gate_set_by_hand_names_what_was_corrupted():
         for projections in (gate.fit.query, gate.fit.key): projections.copy_(torch.eye(64))
     table = detection(Bare(GatedSymile(gate)), data, "A", generator=generator(0))
     assert table.modality.tolist() == ["B", "C"] and table.auroc.min() > 0.95
-    blind = detection(Bare(GatedSymile(ModalityGate(3, 64, kind="matrix"))), data, "A", generator=generator(0))
+    blind = detection(Bare(GatedSymile(ModalityGate(3, 64, fit="matrix"))), data, "A", generator=generator(0))
     assert blind[["auroc", "low", "high"]].eq(0.5).all().all()

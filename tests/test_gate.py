@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 
 from gated_symile.core import DtypeError, RangeError, generator, unit
-import gated_symile.gate as gates
+import gated_symile.gate.factorised as factorised
 import gated_symile.objectives.gated
-from gated_symile.gate import ModalityGate, PLAIN
+from gated_symile.gate.gate import AUTHORS, authors_temperature, ModalityGate
 from gated_symile.product import dvs
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
@@ -19,7 +19,7 @@ from oracles import gated_score
 
 switches = st.fixed_dictionaries(dict(
     weighting=st.sampled_from(["softmax", "sigmoid"]), null=st.booleans(), renormalise=st.booleans(),
-    neutral=st.sampled_from(["learned", "random", "ones", "none"]), kind=st.sampled_from(["attention", "matrix", "open"]),
+    neutral=st.sampled_from(["learned", "random", "ones", "none"]), fit=st.sampled_from(["attention", "matrix", "open"]),
     strength=st.sampled_from([-3., 0., 3.]), temperature=st.sampled_from([0.1, 0.3, 0.7, 2.]),
     learn_strength=st.booleans(), learn_temperature=st.booleans()))
 sizes = st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(1, 7), st.integers(2, 9), st.integers(1, 6))
@@ -118,7 +118,7 @@ def test_missing_content_reaches_nothing(size, options, seed):
 @settings(max_examples=40, deadline=None)
 @given(sizes, switches, st.booleans(), st.integers(0, 2**16))
 def test_open_gate_is_symile(size, options, holes, seed):
-    gate, embeddings, target, _ = make(size, options | dict(kind="open"), seed=seed)
+    gate, embeddings, target, _ = make(size, options | dict(fit="open"), seed=seed)
     assert_same(gate.scores(embeddings, target), Symile().score(embeddings, target), 1e-10)
 
 
@@ -162,7 +162,7 @@ def test_a_candidate_is_judged_alone(size, options, seed):
 @settings(max_examples=60, deadline=None)
 @given(sizes, switches, st.booleans(), st.integers(1, 40), st.integers(0, 2**16))
 def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
-    "However the work is cut, and whichever form does it."
+    "However the work is cut, whichever form does it, and however it is differentiated."
     gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
     assume(gate.neutral.kind == "none" or shortest(gate, embeddings, target, present) > 0.1)
     expected = gate.scores(embeddings, target, present)
@@ -172,12 +172,15 @@ def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
         assert_same(got, expected, 1e-10)
         assert_same(gradients(got, gate, embeddings), slopes, 1e-10)
     with pytest.MonkeyPatch.context() as patch:
-        gate.blocks = PLAIN._replace(size=few)
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)                    # what a compiler gets to see
         check()
-        patch.setattr(gates, "factorised_pays", lambda *sizes: True)
-        patch.setattr(gates, "PIECE", 16 * few)                                    # in pieces, under a checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factorised, "BLOCK", few)
         check()
-        patch.setattr(gates, "factorised_pays", lambda *sizes: False)                   # the definition, in pieces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factorised, "MANY", 2)                                                # the definition
+        check()
+        patch.setattr(factorised, "PIECE", 16 * few)                                        # in pieces, under a checkpoint
         check()
 
 
@@ -208,13 +211,73 @@ def test_all_targets_together_one_by_one_and_alone_agree(M, B, options, holes, s
         assert_same(gradient, found[0], 1e-7)
 
 
-def test_compiled_blocks_are_the_plain_ones():
+def bare(M=3, B=6, D=8, holes=False, N=None, **options):
+    "An objective, embeddings of a batch, or of queries and N candidates as target 0, and `present` where there are holes."
+    torch.manual_seed(0)
+    e = [unit(torch.randn(N if N and m == 0 else B, D, generator=generator(m))).requires_grad_() for m in range(M)]
+    present = torch.rand(B, M, generator=generator(5)) > 0.3
+    present[present[:, 1:].sum(1) == 0] = True
+    present[present.sum(1) < 2] = True
+    return GatedSymile(ModalityGate(M, D, 5, **options)), e, present if holes else None
+
+
+def test_compiled_to_machine_code():
     if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
-    gate, embeddings, target, present = make((3, 5, 4, 6, 3), {}, torch.float32, holes=True, seed=3)
-    plain = gate.scores(embeddings, target, present)
-    fast = gate.compiled().scores(embeddings, target, present)
-    assert_same(fast, plain, 1e-5)
-    assert_same(gradients(fast, gate, embeddings), gradients(plain, gate, embeddings), 1e-4)
+    objective, e, present = bare(holes=True)
+    torch._dynamo.reset()
+    fast, slow = torch.compile(objective, fullgraph=True)(e, present), objective(e, present)
+    assert_same(fast, slow, 1e-5)
+    assert_same(gradients(fast, objective, e), gradients(slow, objective, e), 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(null=True, weighting="sigmoid"), dict(fit="matrix", neutral="none")], ids=str)
+@pytest.mark.parametrize("holes", [False, True])
+def test_functional_gradients_target_by_target(options, holes, monkeypatch):
+    "`torch.func.grad` of a functional call is what autograd finds in large batches as well (test_pytorch.py has small ones)."
+    monkeypatch.setattr(gated_symile.objectives.gated, "TOGETHER", 0)
+    objective, e, present = bare(holes=holes, **options)
+    parameters = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
+    def loss(parameters, e): return torch.func.functional_call(objective, parameters, (e, present))
+    by_name, by_e = torch.func.grad(loss, argnums=(0, 1))(parameters, [x.detach() for x in e])
+    expected = gradients(objective(e, present), objective, e)
+    got = torch.cat([g.flatten() for g in (*by_e, *by_name.values())])
+    assert_same(got, expected / torch.randn((), generator=generator(9), dtype=torch.float64).float(), 1e-5)
+
+
+def test_differentiated_twice():
+    "Against finite differences of the slopes, in blocks of a few rows."
+    gate, embeddings, target, present = make((3, 3, 4, 5, 3), dict(strength=1., temperature=0.5, null=True), holes=True, seed=1)
+    embeddings = [e.nan_to_num(0.).detach().requires_grad_() for e in embeddings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factorised, "BLOCK", 5)
+        assert torch.autograd.gradgradcheck(lambda *e: gate.scores(list(e), target, present), embeddings)
+
+
+class Agreement(torch.nn.Module):
+    "Whoever points where the candidate points is believed."
+    def ask(self, candidates, targets): return candidates, None
+    def answer(self, e, modalities): return e
+
+
+def test_a_fit_of_ones_own():
+    "In a score, by hand; in a loss, all targets; compiled."
+    objective, e, present = bare(holes=True, fit=Agreement(), strength=1.)
+    gate = objective.gate
+    assert gate.settings()["fit"] == "Agreement"
+    weights = gate.weights(e, 0, present)[0]
+    cosines = torch.stack([e[m] @ e[0].T for m in (1, 2)], -1) / gate.temperature()     # (B, N, 2)
+    assert_same(weights, cosines.masked_fill(~present[:, None, 1:], -math.inf).softmax(-1), 1e-5)
+    assert_same(gate.scores(e, 0, present), written_out(gate, e, 0, present), 1e-5)
+    torch._dynamo.reset()
+    assert_same(torch.compile(objective, fullgraph=True, backend="eager")(e, present), objective(e, present), 1e-5)
+    for wrong in (torch.nn.Linear(8, 8), Agreement, 3):
+        with pytest.raises(DtypeError, match="fit must be a name or a module with `ask` and `answer`"): ModalityGate(3, 8, fit=wrong)
+
+
+def test_the_authors_temperatures():
+    assert [round(authors_temperature(g), 3) for g in (0.2, 0.5, 0.7, 1., 1.2)] == [0.282, 0.505, 0.631, 0.793, 0.888]
+    settings = ModalityGate(3, 8, **AUTHORS).settings()
+    assert settings["weighting"] == "sigmoid" and settings["null"] and settings["renormalise"] and settings["neutral"] == "learned"
 
 
 def test_many_modalities_neither_overflow_nor_lose_the_ranking():
@@ -237,10 +300,9 @@ def test_many_modalities_neither_overflow_nor_lose_the_ranking():
 
 
 @pytest.mark.parametrize("M", [3, 5, 6, 8])
-def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M, monkeypatch):
+def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M):
     "Half closed, all of them have length 0; from M = 5 on, the product of their squares at `EPS` is 0 in float32."
-    monkeypatch.setattr(gates, "factorised_pays", lambda *sizes: True)
-    gate = ModalityGate(M, 8, kind="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
+    gate = ModalityGate(M, 8, fit="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
     e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_() for m, n in enumerate(gate.neutral().detach())]
     assert written_out(gate, e, 0, None).abs().max() == 0
     scores = gate.scores(e, 0)
@@ -251,15 +313,15 @@ def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M, m
 def test_ordinary_lengths_are_inverted_to_the_bit(dtype):
     for M in range(2, 7):
         q = 10**(-6*torch.rand(2, M - 1, 50, 60, generator=generator(M), dtype=dtype))
-        assert torch.equal(gates._inverse_length(q), math.prod(q.unbind(1)).rsqrt())
+        assert torch.equal(factorised._inverse_length(q), math.prod(q.unbind(1)).rsqrt())
 
 
-@pytest.mark.parametrize("own, theirs", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64), (torch.float64, torch.float16)])
+@pytest.mark.parametrize("own, theirs", [(torch.bfloat16, torch.float64), (torch.float32, torch.float64), (torch.float64, torch.float16)])
 def test_a_gate_of_another_precision_says_what_to_do(own, theirs):
     objective, e = GatedSymile(ModalityGate(3, 8)).to(own), [unit(torch.randn(4, 8, generator=generator(m))).to(theirs) for m in range(3)]
-    full = torch.float64 if theirs == torch.float64 else torch.float32
+    mine, full = (torch.float64 if x == torch.float64 else torch.float32 for x in (own, theirs))
     for call in (objective, lambda e: objective.score(e, 0), lambda e: objective.gate.weights(e, 0), lambda e: objective.gate.gated(e, 0)):
-        with pytest.raises(DtypeError, match=f"parameters are {own} and the embeddings {full} .*gate.to\\({full}\\)"): call(e)
+        with pytest.raises(DtypeError, match=f"parameters are {mine} and the embeddings {full} .*gate.to\\({full}\\)"): call(e)
     objective.gate.to(full)
     assert objective(e).isfinite()
 
@@ -268,7 +330,7 @@ def test_a_gate_of_another_precision_says_what_to_do(own, theirs):
     (dict(n_modalities=3.5), DtypeError, "n_modalities must be a whole number, got 3.5"), (dict(n_modalities=1), RangeError, "n_modalities"),
     (dict(dim=8.), DtypeError, "dim must be a whole number"), (dict(dim=0), RangeError, "dim"),
     (dict(key_dim=2.5), DtypeError, "key_dim must be a whole number"), (dict(key_dim=0), RangeError, r"key_dim must lie in \[1, inf\], got 0"),
-    (dict(strength=math.nan), RangeError, "strength .* got nan"), (dict(strength="3"), DtypeError, "strength"),
+    (dict(strength=math.nan), RangeError, "strength .* got nan"), (dict(strength=math.inf), RangeError, r"strength must lie in \[-inf, 100\], got inf"), (dict(strength="3"), DtypeError, "strength"),
     (dict(temperature=0.0999), RangeError, "temperature"), (dict(temperature=math.nan), RangeError, "temperature"), (dict(temperature=1e3), RangeError, r"\[0.1, 100\]")])
 def test_settings_that_make_no_gate(settings, error, match):
     with pytest.raises(error, match=match): ModalityGate(**{**dict(n_modalities=3, dim=8), **settings})
@@ -279,12 +341,14 @@ def test_settings_at_their_bounds():
     raw = {ModalityGate(2, 4, temperature=t).raw_temperature.item() for t in (0.1, 0.1005)}
     assert raw == {torch.tensor(math.log(math.expm1(1e-3))).item()}
     assert ModalityGate(2, 4, temperature=100).temperature().item() == pytest.approx(100)
-    assert ModalityGate(2, 1, key_dim=1, strength=math.inf).strength() == 1 and ModalityGate(2, 4, strength=-math.inf).strength() == 0
+    assert ModalityGate(2, 1, key_dim=1, strength=100).strength() == 1
+    shut = ModalityGate(2, 4, strength=-math.inf)                                       # an optimiser would make NaN of it
+    assert shut.strength() == 0 and not shut.raw_strength.requires_grad
 
 
 def test_a_gate_says_how_it_was_made():
-    said = repr(ModalityGate(3, 8, kind="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
-    for setting in ("kind='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False", "strength=-1.0", "temperature=0.3"):
+    said = repr(ModalityGate(3, 8, fit="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
+    for setting in ("fit='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False", "strength=-1.0", "temperature=0.3"):
         assert setting in said, (setting, said)
 
 

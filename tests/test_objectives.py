@@ -10,7 +10,7 @@ from symile import MIPSimilarity, Symile as PackageSymile
 from gated_symile.contrastive import candidate_scores, shuffle_scores, STRUCK_OUT
 from gated_symile.core import generator, unit, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError
 from gated_symile.cube import _own_gradient, all_loss
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.product import dvs, mip, mip_scores
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile

@@ -17,7 +17,7 @@ from gated_symile.core import (DataError, DtypeError, GatedSymileError, MissingE
 from gated_symile.data.corruption import corrupt, Swap
 from gated_symile.data.dataset import MultimodalDataset, standardise
 from gated_symile.encoders import MLP
-from gated_symile.gate import ModalityGate
+from gated_symile.gate.gate import ModalityGate
 from gated_symile.objectives.clip import PairwiseCLIP
 from gated_symile.objectives.gated import GatedSymile
 from gated_symile.objectives.symile import Symile
