@@ -1,9 +1,7 @@
 "The gate: its fast form is its definition, values and gradients, for every switch, any M, and with holes."
 import copy
-import io
 import math
 import os
-import pickle
 import shutil
 
 import pytest
@@ -223,28 +221,6 @@ def bare(M=3, B=6, D=8, holes=False, N=None, **options):
     return GatedSymile(ModalityGate(M, D, 5, **options)), e, present if holes else None
 
 
-forms = pytest.mark.parametrize("options", [{}, dict(null=True, weighting="sigmoid"), dict(fit="matrix", neutral="none")], ids=["default", "authors", "table"])
-present_or_not = pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
-
-
-@forms
-@present_or_not
-def test_compiled_whole_with_any_number_of_rows(options, holes):
-    "No graph break, one graph for all sizes, and the gradients of the eager form."
-    objective, graphs = bare(**options)[0], []
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-    torch._dynamo.reset()
-    loss, score = (torch.compile(f, fullgraph=True, dynamic=True, backend=backend) for f in (objective, lambda e, present: objective.score(e, 0, present)))
-    for B, N in ((6, 4), (9, 7), (13, 5)):
-        for compiled, eager, (_, e, present) in ((loss, objective, bare(B=B, holes=holes)), (score, lambda e, p: objective.score(e, 0, p), bare(B=B, N=N, holes=holes))):
-            fast, slow = compiled(e, present), eager(e, present)
-            assert_same(fast, slow, 1e-5)
-            assert_same(gradients(fast, objective, e), gradients(slow, objective, e), 1e-5)
-    assert len(graphs) == 2
-
-
 def test_compiled_to_machine_code():
     if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
     objective, e, present = bare(holes=True)
@@ -254,24 +230,11 @@ def test_compiled_to_machine_code():
     assert_same(gradients(fast, objective, e), gradients(slow, objective, e), 1e-4)
 
 
-@forms
-@present_or_not
-def test_exported_with_any_number_of_rows(options, holes):
-    objective, e, present = bare(holes=holes, **options)
-    rows = torch.export.Dim("B", min=2, max=4096)
-    shapes = dict(embeddings=[{0: rows}]*3) | (dict(present={0: rows}) if holes else {})
-    exported = torch.export.export(objective, (e, present) if holes else (e,), dynamic_shapes=shapes).module()
-    for B in (6, 11):
-        _, e, present = bare(B=B, holes=holes)
-        assert_same(exported(e, present) if holes else exported(e), objective(e, present), 1e-5)
-
-
-@forms
-@present_or_not
-@pytest.mark.parametrize("together", [2**15, 0])
-def test_functional_gradients(options, holes, together, monkeypatch):
-    "`torch.func.grad` of a functional call is what autograd finds, whether all targets are scored together or one by one."
-    monkeypatch.setattr(gated_symile.objectives.gated, "TOGETHER", together)
+@pytest.mark.parametrize("options", [{}, dict(null=True, weighting="sigmoid"), dict(fit="matrix", neutral="none")], ids=str)
+@pytest.mark.parametrize("holes", [False, True])
+def test_functional_gradients_target_by_target(options, holes, monkeypatch):
+    "`torch.func.grad` of a functional call is what autograd finds in large batches as well (test_pytorch.py has small ones)."
+    monkeypatch.setattr(gated_symile.objectives.gated, "TOGETHER", 0)
     objective, e, present = bare(holes=holes, **options)
     parameters = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
     def loss(parameters, e): return torch.func.functional_call(objective, parameters, (e, present))
@@ -288,42 +251,6 @@ def test_differentiated_twice():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factorised, "BLOCK", 5)
         assert torch.autograd.gradgradcheck(lambda *e: gate.scores(list(e), target, present), embeddings)
-
-
-def test_a_gate_is_copied_pickled_and_saved():
-    objective, e, _ = bare(null=True)
-    torch.compile(objective)                                                           # asking for it changes nothing
-    file = io.BytesIO()
-    torch.save(objective, file)
-    file.seek(0)
-    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective)), torch.load(file, weights_only=False)):
-        assert torch.equal(other(e), objective(e)) and other.settings() == objective.settings()
-
-
-@forms
-@present_or_not
-def test_a_whole_model_in_bfloat16(options, holes):
-    "Parameters and embeddings in half precision: computed in full, from the rounded values."
-    objective, e, present = bare(holes=holes, **options)
-    half, rounded = copy.deepcopy(objective).bfloat16(), copy.deepcopy(objective).bfloat16().float()
-    rows = [x.detach().bfloat16().requires_grad_() for x in e]
-    loss = half(rows, present)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, rounded([x.float() for x in rows], present), rtol=1e-2, atol=0)
-    torch.testing.assert_close(half.score(rows, 0, present), rounded.score([x.float() for x in rows], 0, present))
-    loss.backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in (*rows, *half.parameters()) if p.grad is not None)
-
-
-@forms
-def test_on_the_meta_device(options):
-    "Made, printed and run without memory, then given some: as strange weights are loaded into a large model."
-    with torch.device("meta"):
-        objective = GatedSymile(ModalityGate(3, 8, 5, **options))
-        assert "ModalityGate" in repr(objective) and objective([torch.empty(4, 8)]*3).is_meta
-    whole, e, _ = bare(**options)
-    objective.to_empty(device="cpu").load_state_dict(whole.state_dict())
-    assert torch.equal(objective(e), whole(e))
 
 
 class Agreement(torch.nn.Module):

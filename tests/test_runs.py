@@ -82,15 +82,16 @@ def test_a_persons_own_tables_from_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("parameters, words", [
-    (["-p", "epoch", "3"], "parameter: 'epoch' is unknown.*did you mean 'epochs'"),
-    (["-p", "p", "[0, 0.5]"], r"p must be a list of float.*-y 'p: \[...\]'"),
-    (["-y", "p: [0, 1.5]"], r"p must lie in \[0, 1\], got 1.5"),
-    (["-p", "target", "pixels"], "target: 'pixels' is unknown, expected one of 'pix'"),
-    (["-p", "data", "nowhere.npz"], "nowhere.npz")])
-def test_a_wrong_parameter_stops_at_once(tmp_path, parameters, words):
-    done = papermill(tmp_path, *parameters)
-    assert done.returncode != 0 and re.search(words, re.sub(r"\x1b\[[0-9;]*m", "", done.stderr),
-                                              re.S), done.stderr[-2000:]
+    (dict(p="[0, 0.5]"), r"p must be a list of float.*-y 'p: \[...\]'"), (dict(p=[0, 1.5]), r"p must lie in \[0, 1\], got 1.5"),
+    (dict(target="pixels"), "target: 'pixels' is unknown, expected one of 'pix'"), (dict(data="nowhere.npz"), "nowhere.npz")])
+def test_a_wrong_parameter_is_named(parameters, words):
+    with pytest.raises((GatedSymileError, FileNotFoundError), match=words): make_specs(**parameters)
+
+
+def test_a_wrong_parameter_stops_a_template_at_once(tmp_path):
+    done = papermill(tmp_path, "-p", "epoch", "3")
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
+    assert done.returncode != 0 and re.search("parameter: 'epoch' is unknown.*did you mean 'epochs'", said, re.S), said[-2000:]
     assert not (tmp_path/"runs").exists()
 
 
@@ -309,7 +310,7 @@ def test_xnor_rows_are_used_as_they_are(tmp_path):
 def test_a_file_that_is_no_run(a_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"): load_run(tmp_path/"nothing.safetensors")
     (tmp_path/"x.safetensors").write_bytes(save({"x": torch.ones(2)}))
-    with pytest.raises(DataError, match="was not written by a model's `save`"): load_run(tmp_path/"x.safetensors")
+    with pytest.raises(DataError, match="no model's `save` wrote it"): load_run(tmp_path/"x.safetensors")
     a_run[0].model.save(tmp_path/"x.safetensors")
     with pytest.raises(DataError, match="but no run: spec, digest lacking"): load_run(tmp_path/"x.safetensors")
     whole = a_run[1].read_bytes()

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn, Tensor
-from torch.func import functional_call
+from torch.nn import functional as F
 
 from ..core import check_name, unit, upcast, DtypeError
 
@@ -38,6 +38,13 @@ class Fit(Protocol):
 def _null_head(dim, key_dim):
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, key_dim), nn.ReLU(), nn.Linear(key_dim, 1))
 
+def _null_logits(head, x):
+    "The head's `(T, N, D) -> (T, N)`, in full precision."
+    norm, wide, _, last = head
+    x = F.layer_norm(x, norm.normalized_shape, upcast(norm.weight), upcast(norm.bias), norm.eps)
+    x = F.linear(x, upcast(wide.weight), upcast(wide.bias)).relu()
+    return F.linear(x, upcast(last.weight), upcast(last.bias))[..., 0]
+
 class AttentionFit(nn.Module):
     "What candidates ask and query modalities answer, and a NULL logit of each candidate (Rheude et al. 2026)."
     def __init__(self,
@@ -56,8 +63,7 @@ class AttentionFit(nn.Module):
     def ask(self, candidates, targets):
         null = None
         if self.null_head is not None:
-            head = {name: upcast(p) for name, p in self.null_head.named_parameters()}
-            null = functional_call(self.null_head, head, candidates)[..., 0] + upcast(self.null_bias)[targets, None]
+            null = _null_logits(self.null_head, candidates) + upcast(self.null_bias)[targets, None]
         return unit(candidates @ upcast(self.query).index_select(0, targets).mT), null
 
     def answer(self, e, modalities): return unit(e @ upcast(self.key).index_select(0, modalities).mT)
