@@ -8,7 +8,7 @@ __all__ = ['FAR', 'RAW', 'FORMAT', 'Standardiser', 'MultimodalModel', 'evaluatin
 # %% ../nbs/api/model.ipynb #e7f8197e
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -175,7 +175,7 @@ FORMAT = 1 # of saved files; a file of a later one is refused
 class MultimodalModel(nn.Module):
     "An encoder for each of 2 modalities or more, and an objective; `ShapeError` for fewer, `DtypeError` for no module."
     def __init__(self,
-        encoders:dict[str, nn.Module], # name -> module from `(rows, features)` to `(rows, D)`; their order counts
+        encoders:Mapping[str, nn.Module], # name -> module from `(rows, features)` to `(rows, D)`; their order counts
         objective:nn.Module, # such as `Symile()`: a module with `forward(embeddings, present, generator)` and `score`
         standardise:bool=True, # whether `fit` learns means and scales; no: rows are used as they are
     ):
@@ -271,7 +271,7 @@ class MultimodalModel(nn.Module):
     @classmethod
     def load(cls,
         path:str|Path, # a file written by `save`
-        encoders:dict[str, nn.Module]|None=None, # modules of your own, by the names of their modalities, to be filled
+        encoders:Mapping[str, nn.Module]|None=None, # modules of your own, by the names of their modalities, to be filled
         objective:nn.Module|None=None, # the same, where it isn't registered
     ) -> "MultimodalModel": # in evaluation mode
         "The model as it was saved; `FileNotFoundError`, `DataError` that names what differs, and changes nothing."
