@@ -271,7 +271,7 @@ class MultimodalModel(nn.Module):
     @classmethod
     def load(cls,
         path:str|Path, # a file written by `save`
-        encoders:Mapping[str, nn.Module]|None=None, # modules of your own, by the names of their modalities, to be filled
+        encoders:Mapping[str, nn.Module]|None=None, # modules of your own, by modality, to be filled
         objective:nn.Module|None=None, # the same, where it isn't registered
     ) -> "MultimodalModel": # in evaluation mode
         "The model as it was saved; `FileNotFoundError`, `DataError` that names what differs, and changes nothing."

@@ -18,11 +18,13 @@ from gated_symile.objectives.symile import leave_out_missing, Symile
 from oracles import info_nce_loop, mip_loop, mip_scores_loop
 
 OBJECTIVES = {"PairwiseCLIP": lambda M, D: PairwiseCLIP(), "Symile shuffle": lambda M, D: Symile(),
-              "Symile candidates": lambda M, D: Symile("candidates"), "Symile all": lambda M, D: Symile("all"), "GatedSymile": lambda M, D: GatedSymile(ModalityGate(M, D, 4))}
+              "Symile candidates": lambda M, D: Symile("candidates"), "Symile all": lambda M, D: Symile("all"),
+              "GatedSymile": lambda M, D: GatedSymile(ModalityGate(M, D, 4))}
 
 
 def random_embeddings(M, B, D, N=None, target=None, seed=0):
-    return [unit(torch.randn(N if m == target else B, D, generator=generator(100*seed + m), dtype=torch.float64)) for m in range(M)]
+    return [unit(torch.randn(N if m == target else B, D, generator=generator(100*seed + m), dtype=torch.float64))
+            for m in range(M)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,7 +34,9 @@ def test_mip_is_the_loop(M, B, N, D, data):
     e = random_embeddings(M, B, D, N, target)
     torch.testing.assert_close(mip_scores(e, target), mip_scores_loop(e, target), rtol=1e-10, atol=1e-12)
     rows = random_embeddings(M, B, D)
-    torch.testing.assert_close(mip(rows), torch.tensor([mip_loop([x[i] for x in rows]) for i in range(B)], dtype=torch.float64), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mip(rows),
+                               torch.tensor([mip_loop([x[i] for x in rows]) for i in range(B)], dtype=torch.float64),
+                               rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("M", [3, 4, 5])
@@ -57,14 +61,16 @@ def test_shuffled_loss_matches_the_package(M, monkeypatch):
     queue = [where for t, target in enumerate(ours) for m, where in enumerate(target) if m != t]
     package = PackageSymile("n")(e, scale * dvs(M, D))
     torch.testing.assert_close(loss, package, rtol=1e-10, atol=0, check_dtype=False)
-    for a, b in zip(torch.autograd.grad(loss, e), torch.autograd.grad(package, e)): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(loss, e), torch.autograd.grad(package, e)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("M, B", [(3, 7), (3, 12), (4, 5), (5, 3)])
-@pytest.mark.parametrize("scale, safe_spread", [(1., 20.), (60., 1e9), (60., 20.), (1000., 20.)]) # one shift for the cube, twice, and one for each sum, twice
+# one shift for the cube, twice, and one for each sum, twice
+@pytest.mark.parametrize("scale, safe_spread", [(1., 20.), (60., 1e9), (60., 20.), (1000., 20.)])
 @pytest.mark.parametrize("kept_rows", [0, 3, 1000])
 def test_all_combinations_match_the_package(M, B, scale, safe_spread, kept_rows, monkeypatch):
-    "The streamed cube against every combination listed, with slabs that don't divide the rows, and exponentials kept for none, some or all of them."
+    "The streamed cube against every combination, with slabs that don't divide the rows, and some exponentials kept."
     for name, value in {"SLAB": 2*B*max(B, 6) + 1, "KEPT": kept_rows * B**2, "SAFE_SPREAD": safe_spread}.items():
         monkeypatch.setattr(f"gated_symile.cube.{name}", value)
     e = [x.requires_grad_() for x in random_embeddings(M, B, 6)]
@@ -72,14 +78,16 @@ def test_all_combinations_match_the_package(M, B, scale, safe_spread, kept_rows,
     ours, theirs = all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(M, 6))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
     gradients = torch.autograd.grad(ours, [s, *e], retain_graph=True)
-    for a, b in zip(gradients, torch.autograd.grad(theirs, [s, *e])): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    for a, b in zip(gradients, torch.autograd.grad(-ours, [s, *e])): assert torch.equal(a, -b) # the first pass spoiled nothing that was kept
+    for a, b in zip(gradients, torch.autograd.grad(theirs, [s, *e])):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    # the first pass spoiled nothing that was kept
+    for a, b in zip(gradients, torch.autograd.grad(-ours, [s, *e])): assert torch.equal(a, -b)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 5), st.sampled_from([0.1, 3., 30.]), st.integers(0, 999))
 def test_all_combinations_are_the_loop(M, B, D, scale, seed):
-    "Absent anchors don't count, nor do modalities that one row alone has; of the absent parts of a modality, which are alike, the loop takes one."
+    "Absent anchors don't count, nor modalities that one row alone has; of the absent parts, which are alike, one does."
     present = torch.rand(B, M, generator=generator(seed)) < 0.8
     present[:2, 0] = True
     e = leave_out_missing(random_embeddings(M, B, D, seed=seed), present)
@@ -98,25 +106,29 @@ def test_all_combinations_are_the_loop(M, B, D, scale, seed):
 
 @pytest.mark.parametrize("negatives", ["shuffle", "candidates", "all"])
 def test_a_hole_is_no_negative(negatives):
-    "Where every row with a hole fits perfectly and nothing else fits, the loss is nothing: no copy of a true row is among the negatives."
+    "Where every row with a hole fits perfectly and nothing else does, no copy of a true row is among the negatives."
     bits = torch.randn(64, 512, generator=generator(0)).sign(), torch.randn(64, 512, generator=generator(1)).sign()
     e = [unit(x) for x in (*bits, bits[0]*bits[1])]
-    e[1][:32] = e[0][:32]                                                          # without the third, the first two agree
+    # without the third, the first two agree
+    e[1][:32] = e[0][:32]
     present = torch.ones(64, 3, dtype=torch.bool)
     present[:32, 2] = False
-    assert Symile(negatives, log_scale=math.log(100))(e, present, generator(0)) < 0.01 # with copies: log(32)/3 for all combinations
+    # with copies: log(32)/3 for all combinations
+    assert Symile(negatives, log_scale=math.log(100))(e, present, generator(0)) < 0.01
 
 
 @pytest.mark.parametrize("scale", [1., 5., 25., 100.]) # log-sums close together; from 25 on, hundreds apart
 @pytest.mark.parametrize("kept", [0, 2**22])
 def test_all_combinations_in_float32(scale, kept, monkeypatch):
-    "Well-trained rows: negatives far below the true ones. The scores are rounded already, so the package in float32 is the measure."
+    "Well-trained rows: negatives far below the true ones. The package in float32 is the measure, for scores are rounded."
     monkeypatch.setattr("gated_symile.cube.KEPT", kept)
     a, b = (torch.randn(24, 64, generator=generator(m)).sign() for m in range(2))
-    e = [unit(x + 0.5*torch.randn(24, 64, generator=generator(9 + m))).requires_grad_() for m, x in enumerate((a, b, a*b))]
+    e = [unit(x + 0.5*torch.randn(24, 64, generator=generator(9 + m))).requires_grad_()
+         for m, x in enumerate((a, b, a*b))]
     s, exact_e = torch.tensor(scale), [x.detach().double().requires_grad_() for x in e]
     exact = torch.autograd.grad(all_loss(exact_e, s.double()), exact_e)
-    ours, theirs = (torch.autograd.grad(loss, e) for loss in (all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(3, 64))))
+    ours, theirs = (torch.autograd.grad(loss, e)
+                    for loss in (all_loss(e, s), PackageSymile("n_squared")(e, s * dvs(3, 64))))
     for x, y, z in zip(ours, theirs, exact): assert (x - z).norm() <= 3 * (y - z).norm() + 1e-6 * z.norm()
 
 
@@ -139,7 +151,8 @@ def test_candidate_loss_is_the_loop(M, B, D, holes, seed):
     for t in range(M):
         rows = present[:, t].nonzero().flatten().tolist()
         if len(rows) < 2: continue
-        scores = [[dvs(int(present[i].sum()) if present[i, t] else 1, D) * mip_loop([e[m][i] for m in range(M) if m != t and present[i, m]] + [e[t][j]])
+        scores = [[dvs(int(present[i].sum()) if present[i, t] else 1, D)
+                   * mip_loop([e[m][i] for m in range(M) if m != t and present[i, m]] + [e[t][j]])
                    for j in range(B)] for i in range(B)]
         losses.append(info_nce_loop(scores, 1.3, rows))
     nan = [torch.where(present[:, m, None], x, math.nan) for m, x in enumerate(e)]
@@ -161,9 +174,11 @@ def test_shuffles_hold_no_true_row_off_the_diagonal(M, B, holes, seed):
 
 def test_two_modalities_are_clip():
     e = random_embeddings(2, 7, 5)
-    one_way = torch.nn.functional.cross_entropy(candidate_scores(e, 1) / dvs(2, 5), torch.arange(7)) # query 0, candidates 1
+    # query 0, candidates 1
+    one_way = torch.nn.functional.cross_entropy(candidate_scores(e, 1) / dvs(2, 5), torch.arange(7))
     torch.testing.assert_close(one_way, torch.nn.functional.cross_entropy(e[0] @ e[1].T, torch.arange(7)))
-    torch.testing.assert_close(Symile("candidates").double()(e), PairwiseCLIP(math.log(dvs(2, 5))).double()(e), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(Symile("candidates").double()(e), PairwiseCLIP(math.log(dvs(2, 5))).double()(e),
+                               rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -216,9 +231,11 @@ class TestContract:
 
     def test_bad_calls_are_named(self, name):
         objective, e = OBJECTIVES[name](3, 6).double(), random_embeddings(3, 5, 6)
-        for target, error in ((3, RangeError), (-1, RangeError), ("x", DtypeError), (1., DtypeError), (True, DtypeError)):
+        for target, error in ((3, RangeError), (-1, RangeError), ("x", DtypeError), (1., DtypeError),
+                              (True, DtypeError)):
             with pytest.raises(error, match="target"): objective.score(e, target)
         with pytest.raises(MissingError, match="fewer than 2"): objective(e, torch.eye(5, 3) > 0)
-        with pytest.raises(MissingError, match="no query modality"): objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
+        with pytest.raises(MissingError, match="no query modality"):
+            objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
         with pytest.raises(DtypeError, match="bool"): objective(e, torch.ones(5, 3))
         with pytest.raises(ShapeError, match="present"): objective(e, torch.ones(5, 2, dtype=torch.bool))

@@ -20,6 +20,7 @@ import gated_symile.runs.run as run_module
 import gated_symile.runs.spec as spec_module
 from gated_symile import (audit, generator, load_tabular, MultimodalModel, retrieve,
                           DataError, DtypeError, MissingError, OutputError, RangeError, ShapeError, UnknownNameError)
+from gated_symile.core import GatedSymileError
 from gated_symile.objectives.base import registered
 from gated_symile.runs.plan import collect, parts_to_do, Plan, progress_table, run_part
 from gated_symile.runs.record import (load_run, open_folder, rank_files, read_record, run_all, run_file, save_run,
@@ -82,8 +83,10 @@ def test_a_persons_own_tables_from_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("parameters, words", [
-    (dict(p="[0, 0.5]"), r"p must be a list of float.*-y 'p: \[...\]'"), (dict(p=[0, 1.5]), r"p must lie in \[0, 1\], got 1.5"),
-    (dict(target="pixels"), "target: 'pixels' is unknown, expected one of 'pix'"), (dict(data="nowhere.npz"), "nowhere.npz")])
+    (dict(p="[0, 0.5]"), r"p must be a list of float.*-y 'p: \[...\]'"),
+    (dict(p=[0, 1.5]), r"p must lie in \[0, 1\], got 1.5"),
+    (dict(target="pixels"), "target: 'pixels' is unknown, expected one of 'pix'"),
+    (dict(data="nowhere.npz"), "nowhere.npz")])
 def test_a_wrong_parameter_is_named(parameters, words):
     with pytest.raises((GatedSymileError, FileNotFoundError), match=words): make_specs(**parameters)
 
@@ -91,7 +94,8 @@ def test_a_wrong_parameter_is_named(parameters, words):
 def test_a_wrong_parameter_stops_a_template_at_once(tmp_path):
     done = papermill(tmp_path, "-p", "epoch", "3")
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
-    assert done.returncode != 0 and re.search("parameter: 'epoch' is unknown.*did you mean 'epochs'", said, re.S), said[-2000:]
+    assert done.returncode != 0 and re.search("parameter: 'epoch' is unknown.*did you mean 'epochs'", said,
+                                              re.S), said[-2000:]
     assert not (tmp_path/"runs").exists()
 
 

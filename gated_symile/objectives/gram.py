@@ -19,7 +19,7 @@ from .base import Objective, register
 def orthonormal(
     vectors:list[Tensor], # K tensors `(B, D)`
 ) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` they enclose
-    "Orthonormal bases by Gram-Schmidt, row by row; a vector with no direction of its own gives one of hardly any length."
+    "Orthonormal bases by Gram-Schmidt, row by row; one with no direction of its own gives hardly any length."
     basis, volume = [], 1.
     for e in vectors:
         for q in basis: e = e - torch.linalg.vecdot(q, e).unsqueeze(-1) * q

@@ -20,7 +20,7 @@ def query_subsets(
     n_modalities:int, # M
     target:int, # index of the target, which is in none of them
     max_subset:int|None=None, # size of the largest subset; `None`: all M-1
-) -> list[tuple[int, ...]]: # modalities by their indices: `()`, which stands for NULL, then single ones, then pairs, ...
+) -> list[tuple[int, ...]]: # modalities by index: `()`, which stands for NULL, then single ones, then pairs, ...
     "The subsets of the query modalities; `RangeError` or `DtypeError` for what can't be."
     check_whole("target", target, 0, check_whole("n_modalities", n_modalities, 2) - 1)
     if max_subset is not None: check_whole("max_subset", max_subset, 0)
@@ -99,7 +99,7 @@ class SubsetSymile(Objective):
         return (posterior @ posterior.new_tensor(inside)).clamp(max=1), posterior[..., 0]
 
     def posterior(self,
-        embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit rows
+        embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere; unit
         target:int, # index of the target
         present:Tensor|None=None, # bool `(B, M)`: which query modalities exist
     ) -> Tensor: # `(B, N, 1+n)`: in the order of `query_subsets(M, target, max_subset)`, NULL first; sums to 1

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..core import check_name, check_range, whole_file, DataError, DtypeError, MissingError
 from ..objectives.base import registered
-from .record import as_record, open_folder, read_record, run_file, write_record, COLUMNS
+from .record import as_record, open_folder, read_record, run_file, write_record
 from .run import run_one
 from .spec import as_list, label, load_plugins, options_of, plain, RunSpec
 from ..training import fit
