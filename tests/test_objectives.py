@@ -120,7 +120,7 @@ def test_a_hole_is_no_negative(negatives):
 @pytest.mark.parametrize("scale", [1., 5., 25., 100.]) # log-sums close together; from 25 on, hundreds apart
 @pytest.mark.parametrize("kept", [0, 2**22])
 def test_all_combinations_in_float32(scale, kept, monkeypatch):
-    "Well-trained rows: negatives far below the true ones. The package in float32 is the measure, for scores are rounded."
+    "Well-trained rows: negatives far below the true ones. The package in float32 is the measure."
     monkeypatch.setattr("gated_symile.cube.KEPT", kept)
     a, b = (torch.randn(24, 64, generator=generator(m)).sign() for m in range(2))
     e = [unit(x + 0.5*torch.randn(24, 64, generator=generator(9 + m))).requires_grad_()
