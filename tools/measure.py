@@ -34,7 +34,9 @@ def gated_objective(M, D, compile=False):
     import torch
     from gated_symile import GatedSymile, ModalityGate
     torch.manual_seed(0)
-    return GatedSymile(ModalityGate(M, D).compiled(compile))
+    objective = GatedSymile(ModalityGate(M, D))
+    if compile: objective.compile()
+    return objective
 
 
 def symile(B=128, D=256, M=3, negatives="candidates"):
@@ -45,8 +47,8 @@ def symile(B=128, D=256, M=3, negatives="candidates"):
 
 def gated(B=128, D=256, M=3, compile=False, factorised=None):
     "Gated Symile's loss and gradients; factorised: which form to take whatever M, that one or the definition in pieces"
-    import gated_symile.gate
-    if factorised is not None: gated_symile.gate.factorised_pays = lambda *sizes: factorised
+    import gated_symile.gate.factorised as room
+    if factorised is not None: room.MANY = 99 if factorised else 0
     return step(gated_objective(M, D, compile), embeddings(B, D, M))
 
 
@@ -71,9 +73,11 @@ def package(B=128, D=256, M=3):
 
 def search(N=100_000, B=256, D=256, M=3, k=10, gate=True, compile=False):
     "the best k of N candidates for B queries"
+    import torch
     from gated_symile import Symile, top_k
     e = embeddings(B, D, M, requires_grad=False, target=0, candidates=N)
-    score = gated_objective(M, D, compile).score if gate else Symile().score
+    score = gated_objective(M, D).score if gate else Symile().score
+    if compile: score = torch.compile(score)
     return lambda: top_k(score, e, 0, k)
 
 
