@@ -19,14 +19,15 @@ from oracles import gated_score
 
 switches = st.fixed_dictionaries(dict(
     weighting=st.sampled_from(["softmax", "sigmoid"]), null=st.booleans(), renormalise=st.booleans(),
-    neutral=st.sampled_from(["learned", "random", "ones", "none"]), fit=st.sampled_from(["attention", "matrix", "open"]),
+    neutral=st.sampled_from(["learned", "random", "ones", "none"]),
+    fit=st.sampled_from(["attention", "matrix", "open"]),
     strength=st.sampled_from([-3., 0., 3.]), temperature=st.sampled_from([0.1, 0.3, 0.7, 2.]),
     learn_strength=st.booleans(), learn_temperature=st.booleans()))
 sizes = st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(1, 7), st.integers(2, 9), st.integers(1, 6))
 
 
 def make(size, options, dtype=torch.float64, holes=False, seed=0):
-    "A gate with random parameters, embeddings of B queries and N candidates, and `present` where there are holes (with NaN in them)."
+    "A gate with random parameters, embeddings of B queries and N candidates, and `present` where there are holes (of NaN)."
     M, B, N, D, K = size
     g = generator(seed)
     gate = ModalityGate(M, D, K, **options).to(dtype)
@@ -34,11 +35,13 @@ def make(size, options, dtype=torch.float64, holes=False, seed=0):
         for p in gate.parameters():
             if p.dim() and p.requires_grad: p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
     target = int(torch.randint(M, (), generator=g))
-    embeddings = [unit(torch.randn(N if m == target else B, D, generator=g, dtype=torch.float64)).to(dtype) for m in range(M)]
+    embeddings = [unit(torch.randn(N if m == target else B, D, generator=g, dtype=torch.float64)).to(dtype)
+                  for m in range(M)]
     present = None
     if holes:
         present = torch.rand(B, M, generator=g) < 0.6
-        present[torch.arange(B), torch.tensor([m for m in range(M) if m != target])[torch.randint(M - 1, (B,), generator=g)]] = True
+        present[torch.arange(B),
+                torch.tensor([m for m in range(M) if m != target])[torch.randint(M - 1, (B,), generator=g)]] = True
         for m in range(M):
             if m != target: embeddings[m][~present[:, m]] = math.nan
     return gate, [e.requires_grad_() for e in embeddings], target, present
@@ -51,7 +54,7 @@ def written_out(gate, embeddings, target, present):
 
 
 def shortest(gate, embeddings, target, present):
-    "The smallest length of a gated embedding before it is renormalised: close to zero, rounding decides where it points."
+    "The smallest length of a gated embedding before it is renormalised: near zero, rounding decides where it points."
     renormalise, gate.renormalise = gate.renormalise, False
     length = gate.gated(embeddings, target, present).norm(dim=-1).min()
     gate.renormalise = renormalise
@@ -59,7 +62,7 @@ def shortest(gate, embeddings, target, present):
 
 
 def gradients(score, gate, embeddings):
-    "Gradient of a fixed random functional of the score, one long vector: embeddings first, then every learnable parameter."
+    "Gradient of a fixed random functional of the score, one long vector: embeddings first, then every parameter."
     leaves = [*embeddings, *(p for p in gate.parameters() if p.requires_grad)]
     readout = torch.randn(score.shape, generator=generator(9), dtype=torch.float64).to(score)
     found = torch.autograd.grad((score * readout).sum(), leaves, allow_unused=True)
@@ -98,7 +101,8 @@ def test_fast_form_is_the_definition_float32(size, options, holes, seed):
 def test_definition_is_the_loop_over_pairs(size, options, holes, seed):
     gate, embeddings, target, present = make(size, options, holes=holes, seed=seed)
     with torch.no_grad():
-        loop = torch.stack([torch.stack([gated_score(gate, embeddings, target, i, j, present) for j in range(size[2])]) for i in range(size[1])])
+        loop = torch.stack([torch.stack([gated_score(gate, embeddings, target, i, j, present) for j in range(size[2])])
+                            for i in range(size[1])])
         assert_same(written_out(gate, embeddings, target, present), loop, 1e-10)
 
 
@@ -111,7 +115,9 @@ def test_missing_content_reaches_nothing(size, options, seed):
     assert torch.equal(a, b)
     found = gradients(a, gate, embeddings)
     assert torch.equal(found, gradients(b, gate, other)) and found.isfinite().all()
-    for m, (e, g) in enumerate(zip(embeddings, found.split([e.numel() for e in embeddings] + [len(found) - sum(e.numel() for e in embeddings)]))):
+    for m, (e, g) in enumerate(zip(embeddings,
+                                   found.split([e.numel() for e in embeddings]
+                                               + [len(found) - sum(e.numel() for e in embeddings)]))):
         if m != target: assert g.view_as(e)[~present[:, m]].abs().sum() == 0
 
 
@@ -132,7 +138,8 @@ def test_order_of_modalities_does_not_matter(size, options, holes, seed):
     state = {k: v[order] if k in by_modality else v for k, v in gate.state_dict().items()}
     if "fit.table" in state: state["fit.table"] = state["fit.table"][order][:, order]
     turned.load_state_dict(state)
-    got = turned.scores([embeddings[m] for m in order], order.tolist().index(target), None if present is None else present[:, order])
+    got = turned.scores([embeddings[m] for m in order], order.tolist().index(target),
+                        None if present is None else present[:, order])
     assert_same(got, gate.scores(embeddings, target, present), 1e-10)
 
 
@@ -180,7 +187,8 @@ def test_blocks_pieces_and_forms_agree(size, options, holes, few, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factorised, "MANY", 2)                                                # the definition
         check()
-        patch.setattr(factorised, "PIECE", 16 * few)                                        # in pieces, under a checkpoint
+        # in pieces, under a checkpoint
+        patch.setattr(factorised, "PIECE", 16 * few)
         check()
 
 
@@ -192,7 +200,8 @@ def test_all_targets_together_one_by_one_and_alone_agree(M, B, options, holes, s
     if holes:
         present = torch.rand(B, M, generator=generator(seed)) < 0.7
         present |= present.sum(1, keepdim=True) < 2
-        embeddings = [torch.where(present[:, m, None], e, math.nan).detach().requires_grad_() for m, e in enumerate(embeddings)]
+        embeddings = [torch.where(present[:, m, None], e, math.nan).detach().requires_grad_()
+                      for m, e in enumerate(embeddings)]
     objective = GatedSymile(gate, log_scale=0.5).double()
     losses = [objective(embeddings, present)]
     with pytest.MonkeyPatch.context() as patch:
@@ -212,7 +221,7 @@ def test_all_targets_together_one_by_one_and_alone_agree(M, B, options, holes, s
 
 
 def bare(M=3, B=6, D=8, holes=False, N=None, **options):
-    "An objective, embeddings of a batch, or of queries and N candidates as target 0, and `present` where there are holes."
+    "An objective, embeddings of a batch, or of queries and N candidates, and `present` where there are holes."
     torch.manual_seed(0)
     e = [unit(torch.randn(N if N and m == 0 else B, D, generator=generator(m))).requires_grad_() for m in range(M)]
     present = torch.rand(B, M, generator=generator(5)) > 0.3
@@ -222,7 +231,8 @@ def bare(M=3, B=6, D=8, holes=False, N=None, **options):
 
 
 def test_compiled_to_machine_code():
-    if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
     objective, e, present = bare(holes=True)
     torch._dynamo.reset()
     fast, slow = torch.compile(objective, fullgraph=True)(e, present), objective(e, present)
@@ -230,10 +240,11 @@ def test_compiled_to_machine_code():
     assert_same(gradients(fast, objective, e), gradients(slow, objective, e), 1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, dict(null=True, weighting="sigmoid"), dict(fit="matrix", neutral="none")], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(null=True, weighting="sigmoid"), dict(fit="matrix", neutral="none")],
+                         ids=str)
 @pytest.mark.parametrize("holes", [False, True])
 def test_functional_gradients_target_by_target(options, holes, monkeypatch):
-    "`torch.func.grad` of a functional call is what autograd finds in large batches as well (test_pytorch.py has small ones)."
+    "`torch.func.grad` of a functional call is what autograd finds, in large batches too (small: test_pytorch.py)."
     monkeypatch.setattr(gated_symile.objectives.gated, "TOGETHER", 0)
     objective, e, present = bare(holes=holes, **options)
     parameters = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
@@ -246,7 +257,8 @@ def test_functional_gradients_target_by_target(options, holes, monkeypatch):
 
 def test_differentiated_twice():
     "Against finite differences of the slopes, in blocks of a few rows."
-    gate, embeddings, target, present = make((3, 3, 4, 5, 3), dict(strength=1., temperature=0.5, null=True), holes=True, seed=1)
+    gate, embeddings, target, present = make((3, 3, 4, 5, 3), dict(strength=1., temperature=0.5, null=True),
+                                             holes=True, seed=1)
     embeddings = [e.nan_to_num(0.).detach().requires_grad_() for e in embeddings]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factorised, "BLOCK", 5)
@@ -271,13 +283,15 @@ def test_a_fit_of_ones_own():
     torch._dynamo.reset()
     assert_same(torch.compile(objective, fullgraph=True, backend="eager")(e, present), objective(e, present), 1e-5)
     for wrong in (torch.nn.Linear(8, 8), Agreement, 3):
-        with pytest.raises(DtypeError, match="fit must be a name or a module with `ask` and `answer`"): ModalityGate(3, 8, fit=wrong)
+        with pytest.raises(DtypeError, match="fit must be a name or a module with `ask` and `answer`"):
+            ModalityGate(3, 8, fit=wrong)
 
 
 def test_the_authors_temperatures():
     assert [round(authors_temperature(g), 3) for g in (0.2, 0.5, 0.7, 1., 1.2)] == [0.282, 0.505, 0.631, 0.793, 0.888]
     settings = ModalityGate(3, 8, **AUTHORS).settings()
-    assert settings["weighting"] == "sigmoid" and settings["null"] and settings["renormalise"] and settings["neutral"] == "learned"
+    assert settings["weighting"] == "sigmoid" and settings["null"] and settings["renormalise"]
+    assert settings["neutral"] == "learned"
 
 
 def test_many_modalities_neither_overflow_nor_lose_the_ranking():
@@ -286,24 +300,29 @@ def test_many_modalities_neither_overflow_nor_lose_the_ranking():
     g = generator(0)
     signs = [torch.randn(B, D, generator=g).sign() for _ in range(M - 1)]
     e = [unit(torch.stack(signs).prod(0) + 0.5 * torch.randn(B, D, generator=g)), *map(unit, signs)]
-    gate = ModalityGate(M, D, key_dim=16, strength=-4.)                               # nearly open: a closed one ranks by chance before it is trained
+    # nearly open: a closed one ranks by chance before it is trained
+    gate = ModalityGate(M, D, key_dim=16, strength=-4.)
     exact = copy.deepcopy(gate).double().scores([x.double() for x in e], 0)
     torch.testing.assert_close(gate.scores(e, 0).double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for rows in (e, [x.bfloat16() for x in e]):
             objective = GatedSymile(gate)
             scores = objective.score(rows, 0)
-            assert scores.dtype == torch.float32 and scores.isfinite().all() and (scores.argmax(1) == torch.arange(B)).all()
+            assert scores.dtype == torch.float32 and scores.isfinite().all()
+            assert (scores.argmax(1) == torch.arange(B)).all()
             loss = objective(rows)
             loss.backward()
-            assert loss.dtype == torch.float32 and loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+            assert loss.dtype == torch.float32 and loss.isfinite()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
 
 
 @pytest.mark.parametrize("M", [3, 5, 6, 8])
 def test_embeddings_opposite_to_their_neutral_directions_give_finite_scores(M):
     "Half closed, all of them have length 0; from M = 5 on, the product of their squares at `EPS` is 0 in float32."
-    gate = ModalityGate(M, 8, fit="matrix", weighting="sigmoid", strength=40.)      # a table of zeros: w = 1/2 and alpha = 1
-    e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_() for m, n in enumerate(gate.neutral().detach())]
+    # a table of zeros: w = 1/2 and alpha = 1
+    gate = ModalityGate(M, 8, fit="matrix", weighting="sigmoid", strength=40.)
+    e = [(unit(torch.randn(3, 8, generator=generator(0))) if m == 0 else -n.expand(3, 8).clone()).requires_grad_()
+         for m, n in enumerate(gate.neutral().detach())]
     assert written_out(gate, e, 0, None).abs().max() == 0
     scores = gate.scores(e, 0)
     assert scores.isfinite().all() and gradients(scores, gate, e).isfinite().all()
@@ -316,22 +335,32 @@ def test_ordinary_lengths_are_inverted_to_the_bit(dtype):
         assert torch.equal(factorised._inverse_length(q), math.prod(q.unbind(1)).rsqrt())
 
 
-@pytest.mark.parametrize("own, theirs", [(torch.bfloat16, torch.float64), (torch.float32, torch.float64), (torch.float64, torch.float16)])
+@pytest.mark.parametrize("own, theirs",
+                         [(torch.bfloat16, torch.float64), (torch.float32, torch.float64),
+                          (torch.float64, torch.float16)])
 def test_a_gate_of_another_precision_says_what_to_do(own, theirs):
-    objective, e = GatedSymile(ModalityGate(3, 8)).to(own), [unit(torch.randn(4, 8, generator=generator(m))).to(theirs) for m in range(3)]
+    objective, e = GatedSymile(ModalityGate(3, 8)).to(own), [unit(torch.randn(4, 8, generator=generator(m))).to(theirs)
+                                                             for m in range(3)]
     mine, full = (torch.float64 if x == torch.float64 else torch.float32 for x in (own, theirs))
-    for call in (objective, lambda e: objective.score(e, 0), lambda e: objective.gate.weights(e, 0), lambda e: objective.gate.gated(e, 0)):
-        with pytest.raises(DtypeError, match=f"parameters are {mine} and the embeddings {full} .*gate.to\\({full}\\)"): call(e)
+    for call in (objective, lambda e: objective.score(e, 0), lambda e: objective.gate.weights(e, 0),
+                 lambda e: objective.gate.gated(e, 0)):
+        with pytest.raises(DtypeError, match=f"parameters are {mine} and the embeddings {full} .*gate.to\\({full}\\)"):
+            call(e)
     objective.gate.to(full)
     assert objective(e).isfinite()
 
 
 @pytest.mark.parametrize("settings, error, match", [
-    (dict(n_modalities=3.5), DtypeError, "n_modalities must be a whole number, got 3.5"), (dict(n_modalities=1), RangeError, "n_modalities"),
+    (dict(n_modalities=3.5), DtypeError, "n_modalities must be a whole number, got 3.5"),
+    (dict(n_modalities=1), RangeError, "n_modalities"),
     (dict(dim=8.), DtypeError, "dim must be a whole number"), (dict(dim=0), RangeError, "dim"),
-    (dict(key_dim=2.5), DtypeError, "key_dim must be a whole number"), (dict(key_dim=0), RangeError, r"key_dim must lie in \[1, inf\], got 0"),
-    (dict(strength=math.nan), RangeError, "strength .* got nan"), (dict(strength=math.inf), RangeError, r"strength must lie in \[-inf, 100\], got inf"), (dict(strength="3"), DtypeError, "strength"),
-    (dict(temperature=0.0999), RangeError, "temperature"), (dict(temperature=math.nan), RangeError, "temperature"), (dict(temperature=1e3), RangeError, r"\[0.1, 100\]")])
+    (dict(key_dim=2.5), DtypeError, "key_dim must be a whole number"),
+    (dict(key_dim=0), RangeError, r"key_dim must lie in \[1, inf\], got 0"),
+    (dict(strength=math.nan), RangeError, "strength .* got nan"),
+    (dict(strength=math.inf), RangeError, r"strength must lie in \[-inf, 100\], got inf"),
+    (dict(strength="3"), DtypeError, "strength"),
+    (dict(temperature=0.0999), RangeError, "temperature"), (dict(temperature=math.nan), RangeError, "temperature"),
+    (dict(temperature=1e3), RangeError, r"\[0.1, 100\]")])
 def test_settings_that_make_no_gate(settings, error, match):
     with pytest.raises(error, match=match): ModalityGate(**{**dict(n_modalities=3, dim=8), **settings})
 
@@ -342,13 +371,16 @@ def test_settings_at_their_bounds():
     assert raw == {torch.tensor(math.log(math.expm1(1e-3))).item()}
     assert ModalityGate(2, 4, temperature=100).temperature().item() == pytest.approx(100)
     assert ModalityGate(2, 1, key_dim=1, strength=100).strength() == 1
-    shut = ModalityGate(2, 4, strength=-math.inf)                                       # an optimiser would make NaN of it
+    # an optimiser would make NaN of it
+    shut = ModalityGate(2, 4, strength=-math.inf)
     assert shut.strength() == 0 and not shut.raw_strength.requires_grad
 
 
 def test_a_gate_says_how_it_was_made():
-    said = repr(ModalityGate(3, 8, fit="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1., temperature=0.3))
-    for setting in ("fit='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False", "strength=-1.0", "temperature=0.3"):
+    said = repr(ModalityGate(3, 8, fit="matrix", weighting="sigmoid", null=True, neutral="none", strength=-1.,
+                             temperature=0.3))
+    for setting in ("fit='matrix'", "weighting='sigmoid'", "null=True", "NeutralDirections(none", "renormalise=False",
+                    "strength=-1.0", "temperature=0.3"):
         assert setting in said, (setting, said)
 
 
@@ -372,6 +404,7 @@ def test_loss_with_missing_targets_uses_the_rows_that_have_one(M):
     for t in range(M):
         rows = present[:, t].nonzero().flatten()
         sub = [x[rows] for x in e]
-        by_hand.append(torch.nn.functional.cross_entropy(objective.score(sub, t, present[rows]), torch.arange(len(rows))))
+        by_hand.append(torch.nn.functional.cross_entropy(objective.score(sub, t, present[rows]),
+                                                         torch.arange(len(rows))))
     e[0] = torch.where(keep[:, None], e[0], math.nan)
     torch.testing.assert_close(objective(e, present), sum(by_hand) / M)
