@@ -27,7 +27,7 @@ sizes = st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(1, 7), st.in
 
 
 def make(size, options, dtype=torch.float64, holes=False, seed=0):
-    "A gate with random parameters, embeddings of B queries and N candidates, and `present` where there are holes (of NaN)."
+    "A gate with random parameters, embeddings of B queries and N candidates, and `present` where there are holes."
     M, B, N, D, K = size
     g = generator(seed)
     gate = ModalityGate(M, D, K, **options).to(dtype)
