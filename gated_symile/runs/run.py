@@ -7,7 +7,7 @@ __all__ = ['LINE', 'split_data', 'make_model', 'train_one', 'Run', 'run_one']
 
 # %% ../../nbs/api/runs/run.ipynb #8015eda2
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -47,9 +47,10 @@ def train_one(
     spec:RunSpec, # the run
     device:str="cpu", # or `"cuda"`
 ) -> tuple[MultimodalModel, pd.DataFrame, MultimodalDataset]: # trained model, history, test rows not yet looked at
-    "Train on the training rows, choose the epoch on the validation rows; the errors of `fit`."
+    "Train on the training rows, scaled as they are without corruption; the errors of `fit`."
     train, valid, test = split_data(spec)
     model = make_model(spec, {name: train.modalities[name].shape[1] for name in spec.names})
+    if spec.standardise: model.standardiser.fit(split_data(replace(spec, p=0.))[0])
     options = dict(device=device, seed=spec.seed, progress=False, **spec.training_options)
     history = fit(model, train, valid, spec.target, **options)
     return model, history, test
