@@ -6,13 +6,13 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
-           'query_subsets', 'SubsetSymile', 'MultimodalDataset', 'standardise', 'Standardiser', 'corrupt',
-           'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP',
-           'bootstrap_interval', 'encode_bank', 'load_bank', 'save_bank', 'metrics', 'rank_in_banks', 'rank_true',
-           'retrieve', 'top_k', 'Bank', 'Ranks', 'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score',
-           'detection', 'verdict', 'fit', 'load_weights', 'rank_dataset', 'read_metadata', 'save_model',
-           'MultimodalModel']
+           'NeutralDirections', 'ModalityGate', 'make_objective', 'register', 'registered', 'Objective', 'PairwiseCLIP',
+           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'MultimodalDataset',
+           'standardise', 'Standardiser', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap',
+           'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval', 'encode_bank', 'load_bank',
+           'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k', 'Bank', 'Ranks',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'fit',
+           'load_weights', 'rank_dataset', 'read_metadata', 'save_model', 'MultimodalModel']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError, OutputError, RangeError,
@@ -21,6 +21,7 @@ from .product import dvs, mip, mip_scores
 from .contrastive import info_nce, LogitScale
 from .neutral import NeutralDirections
 from .gate.gate import ModalityGate
+from .objectives.base import make_objective, register, registered, Objective
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile
 from .objectives.gram import GRAM
@@ -42,6 +43,6 @@ from .training import fit, load_weights, rank_dataset, read_metadata, save_model
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError", "OutputError", "RangeError",
          "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce", "LogitScale", "NeutralDirections", "ModalityGate",
-         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "standardise", "Standardiser", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing",
+         "make_objective", "register", "registered", "Objective", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "standardise", "Standardiser", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing",
          "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP", "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true", "retrieve",
          "top_k", "Bank", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "fit", "load_weights", "rank_dataset", "read_metadata", "save_model", "MultimodalModel"]

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'STRUCK_OUT', 'NOTHING_TO_CONTRAST', 'valid_info_nce', 'info_nce', 'LogitScale', 'candidate_scores',
-           'shuffle_scores', 'contrasted', 'mean_counted', 'mean_over_targets', 'accumulate', 'candidates_loss',
-           'shuffle_loss']
+           'shuffle_scores', 'contrasted', 'mean_counted', 'mean_over_targets', 'candidates_loss', 'shuffle_loss']
 
 # %% ../nbs/api/contrastive.ipynb #b8a46f8b
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .core import check_range, readable, MissingError, ShapeError
@@ -97,7 +95,8 @@ def shuffle_scores(
     "Scaled MIPs with negatives that shuffle every modality but the anchor, in one draw of B tuples."
     B, D = embeddings[0].shape
     source = {} if generator is None else {"generator": generator}                # a compiled program takes none
-    where = [torch.randperm(B, **source).to(e.device) for e in embeddings]        # the row each part comes from
+    where = torch.stack([torch.randperm(B, **source) for _ in embeddings])        # the row each part comes from
+    where = where.to(embeddings[0].device).unbind()
     scores = embeddings[target] @ query_product([e[rows] for e, rows in zip(embeddings, where)], target).T
     row = torch.arange(B, device=scores.device)
     true = row[:, None] == row
@@ -137,38 +136,6 @@ def mean_over_targets(
     "InfoNCE averaged over the choice of the target; `MissingError` if no target is present in two rows."
     counted, valid = contrasted(present), [None] * n_modalities if present is None else present.unbind(1)
     return mean_counted([valid_info_nce(logits(t), valid[t]) for t in range(n_modalities)], counted)
-
-# %% ../nbs/api/contrastive.ipynb #7295cdda
-class _Accumulate(torch.autograd.Function):
-    "A sum of losses, and their gradients by shared tensors, one loss after the other."
-    @staticmethod
-    def forward(losses, *shared):
-        leaves, total = [x.detach().requires_grad_(x.requires_grad) for x in shared], 0.
-        for loss in losses:
-            with torch.enable_grad(): one = loss(*leaves)
-            one.backward()
-            total = total + one.detach()
-        return total, *(x.grad for x in leaves)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, *grads = output
-        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        ctx.save_for_backward(*grads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        return None, *(None if grad is None else upstream * grad for grad in ctx.saved_tensors)
-
-def accumulate(
-    losses:Iterable[Callable[..., Tensor]], # functions of the shared tensors, and of nothing else, that give scalars
-    *shared:Tensor, # what they are computed from
-) -> Tensor: # the sum, a scalar
-    "Sum of losses of which only one at a time is in memory; can be differentiated once."
-    learn = torch.is_grad_enabled() and any(x.requires_grad for x in shared)
-    if learn and not torch.compiler.is_compiling(): return _Accumulate.apply(losses, *shared)[0]
-    return sum(loss(*shared) for loss in losses)
 
 # %% ../nbs/api/contrastive.ipynb #5829cd6d
 def candidates_loss(

@@ -292,7 +292,7 @@ def run_one(
     by_row = pd.DataFrame({"top1": ranks.top(1).tolist(), "corrupted": test.corrupted.any(1).tolist()})
     metrics = accuracy_by_corruption(ranks, test.corrupted, config.names, generator=generator(seed))
     gate = None
-    if hasattr(model.objective, "gate") or hasattr(model.objective, "weights"):
+    if "weights" in getattr(model.objective, "capabilities", dir(model.objective)) or hasattr(model.objective, "gate"):
         gate = gate_by_corruption(model, test, config.target, config.source.bank_size, generator=generator(seed))
     return Run(objective, p, seed, model, test.standardised or _as_they_are(test), history, by_row, metrics, test, gate)
 

@@ -108,7 +108,7 @@ def _rankable(names, dataset, target):
     return dataset[rows], t, queries
 
 def _gate_of(objective):
-    gate = objective if hasattr(objective, "weights") else getattr(objective, "gate", None)
+    gate = getattr(objective, "gate", objective if "weights" in getattr(objective, "capabilities", dir(objective)) else None)
     if gate is None: raise MissingError(f"model.objective has no gate: {type(objective).__name__}")
     return gate
 

@@ -1,12 +1,13 @@
-"Numbers as people have them: NumPy's are as good as Python's, wherever one is asked for."
+"Numbers as people have them: NumPy's are as good as Python's, wherever one is asked for. Lengths as they come, files that are whole."
 import re
+import threading
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from gated_symile.core import check_range, check_whole, generator, unit, DtypeError, RangeError
+from gated_symile.core import check_range, check_whole, fill_missing, generator, unit, whole_file, DtypeError, EPS, RangeError
 from gated_symile.data.xnor import synthetic_xnor
 from gated_symile.data.xor import synthetic_xor
 from gated_symile.encoders import MLP
@@ -76,3 +77,44 @@ def test_truth_is_a_tensor():
     e = [torch.eye(3)]*2
     with pytest.raises(DtypeError, match="truth must be a tensor of indices, got list"): rank_true(PairwiseCLIP().score, e, 0, truth=[0, 1, 2])
     with pytest.raises(RangeError, match=r"k must lie in \[1, inf\], got 0"): Ranks(torch.zeros(2), torch.zeros(2)).top(np.int64(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_any_length_become_unit_rows(dtype):
+    "The shortest are those of EPS; the longest have lengths, and squares, that overflow."
+    x, largest = torch.randn(6, 5, generator=generator(0), dtype=dtype), torch.finfo(dtype).max
+    lengths = torch.tensor([1., EPS*(1 + 1e-3), 1e18, 1e20, largest**0.5 * 3, largest / 8], dtype=dtype)
+    found = unit(unit(x) * lengths[:, None])
+    torch.testing.assert_close(found, unit(x))
+    torch.testing.assert_close(unit(x.sign() * largest), x.sign() / 5**0.5)            # no number holds their length
+    assert torch.equal(unit(torch.zeros(2, 3, dtype=dtype)), torch.zeros(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("length", [1e-9, 1e-7, 1., 1e5, 1e180])
+def test_slope_of_a_unit_row(length):
+    "Against finite differences, below EPS as above, and where the squares overflow."
+    x = torch.randn(3, 4, generator=generator(1), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit(length * x), x)
+    if length < 1e100: assert torch.autograd.gradgradcheck(lambda x: unit(length * x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 2, 3)])
+def test_filled_rows_keep_their_type(dtype, shape):
+    present, x = torch.tensor([True, False, True, False]), torch.ones(shape).to(dtype)
+    filled = fill_missing(x, present)
+    assert filled.dtype == dtype and filled.shape == shape and torch.equal(filled[present], x[present]) and not filled[~present].any()
+    assert torch.equal(x, torch.ones(shape).to(dtype))
+
+
+def test_two_threads_write_one_file_apart(tmp_path):
+    "Whoever is last has it, whole."
+    path, both_write, done = tmp_path/"file", threading.Barrier(2), []
+    def write(letter):
+        with whole_file(path) as file:
+            both_write.wait(); file.write(letter * 2**20); file.flush(); both_write.wait()
+        done.append(letter)
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(done) == 2 and path.read_bytes() in (b"a" * 2**20, b"b" * 2**20) and [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -60,29 +60,26 @@ class Score(nn.Module):
 @each
 @both
 def test_compiles_whole_with_open_shapes(name, options, holes):
-    "One graph for all numbers of rows and candidates: `fullgraph` allows no break, and after the first call nothing is traced again."
+    "One graph for batches of all sizes: `fullgraph` allows no break, and after the first call nothing is traced again."
     torch._dynamo.reset()
     objective = make(name, options)
-    compiled, score = (torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=True) for m in (objective, Score(objective)))
-    for step, (B, N) in enumerate([(6, 5), (9, 12), (4, 7)]):
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True, dynamic=True)     # no C++ compiler needed
+    for step, B in enumerate((6, 9, 4)):
         e, present = batch(B, holes, seed=step)
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"): found = learn(compiled, e, present)
-        if (name, options.get("negatives", "shuffle")) != ("Symile", "shuffle"): close(found, learn(objective, e, present))
-        assert all(x.isfinite().all() for x in found)                  # compiled, other random numbers are drawn
-        e, present = batch(B, holes, seed=step, N=N)
-        with torch.compiler.set_stance("fail_on_recompile" if step else "default"): found = score(e, present)
-        close(found, objective.score(e, 0, present))
+        assert all(x.isfinite().all() for x in found)
+        if (name, options.get("negatives", "shuffle")) != ("Symile", "shuffle"): close(found, learn(objective, e, present)) # other draws
 
 
 @each
 @both
-@pytest.mark.parametrize("strict", [False, True])
-def test_exports_with_open_shapes(name, options, holes, strict):
+def test_exports_with_open_shapes(name, options, holes):
+    "Loss and score, in B and N."
     objective, rows, candidates = make(name, options), Dim("B", min=2, max=2**16), Dim("N", min=1, max=2**20)
     for module, N in ((objective, None), (Score(objective), 5)):
         e, present = batch(6, holes, N=N)
         shapes = [{0: candidates if N and m == 0 else rows} for m in range(M)], {0: rows} if holes else None
-        program = export(module, (e, present), dynamic_shapes=dict(zip(("embeddings", "present"), shapes)), strict=strict)
+        program = export(module, (e, present), dynamic_shapes=dict(zip(("embeddings", "present"), shapes)))
         for B in (4, 9):
             e, present = batch(B, holes, seed=B, N=N and N + B)
             torch.manual_seed(0)
@@ -174,4 +171,4 @@ def test_a_scale_beyond_its_bound_comes_back_at_once(compiled):
     for _ in range(2000): step(-1)
     assert call().item() == pytest.approx(100, rel=1e-5)
     step(1); step(1)
-    assert call() < 100
+    assert call().item() < 95

@@ -30,7 +30,7 @@ class PairwiseCLIP(Objective):
 
     def _loss(self, embeddings, present, generator):
         pairs, losses = list(combinations(range(len(embeddings)), 2)), []
-        both = None if present is None else torch.stack([present[:, a] & present[:, b] for a, b in pairs], 1)  # (B, pairs)
+        both = None if present is None else torch.stack([present[:, a] & present[:, b] for a, b in pairs], 1)
         counted = contrasted(both, NO_PAIR)
         for k, (a, b) in enumerate(pairs):
             logits, valid = self.logit_scale() * (embeddings[a] @ embeddings[b].T), None if both is None else both[:, k]

@@ -19,13 +19,14 @@ from .base import Objective, register
 def orthonormal(
     vectors:list[Tensor], # K tensors `(B, D)`
 ) -> tuple[list[Tensor], Tensor]: # K tensors `(B, D)`, orthonormal in each row; and the volume `(B,)` they enclose
-    "Orthonormal bases by Gram-Schmidt, row by row; a vector with no direction of its own gives one of next to no length."
+    "Orthonormal bases by Gram-Schmidt, row by row; a vector with no direction of its own gives one of hardly any length."
     basis, volume = [], 1.
     for e in vectors:
         for q in basis: e = e - torch.linalg.vecdot(q, e).unsqueeze(-1) * q
         basis.append(q := unit(e))
-        length, flat = torch.linalg.vecdot(q, e), torch.linalg.vecdot(q.detach(), e)      # the same, but for their slopes
-        volume = volume * torch.where(length > EPS, length, flat)
+        length = torch.linalg.vecdot(q, e)
+        if len(basis) > 1: length = torch.where(length > EPS, length, torch.linalg.vecdot(q.detach(), e)) # flat at 0
+        volume = volume * length
     return basis, volume
 
 # %% ../../nbs/api/objectives/gram.ipynb #40f3a694

@@ -34,7 +34,7 @@ class Symile(Objective):
     style = dict(color="#D55E00", marker="^", linestyle=":")
 
     def __init__(self,
-        negatives:str="shuffle", # `"shuffle"`: shuffled tuples; `"candidates"`: only the target differs; `"all"`: every combination
+        negatives:str="shuffle", # tuples by `"shuffle"`; `"candidates"`: only the target differs; `"all"` combinations
         log_scale:float=0., # initial logarithm of the contrastive scale
     ):
         super().__init__(log_scale)

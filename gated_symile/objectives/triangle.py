@@ -27,7 +27,7 @@ def squared_areas(
 # %% ../../nbs/api/objectives/triangle.ipynb #7edfdeb6
 @register
 class TRIANGLE(Objective):
-    "InfoNCE in both directions on minus twice the squared area, averaged over the targets (Cicchetti et al., 2025); M = 3."
+    "InfoNCE in both directions on minus twice the squared area, averaged over targets (Cicchetti et al. 2025); M = 3."
     style = dict(color="#CC79A7", marker="v", linestyle=(0, (4, 1, 1, 1, 1, 1)))
 
     def __init__(self,
@@ -36,8 +36,8 @@ class TRIANGLE(Objective):
 
     def check(self, embeddings):
         "`ShapeError` unless there are 3 modalities."
-        M = len(embeddings)
-        if M != 3: raise ShapeError(f"TRIANGLE needs 3 modalities, the corners of a triangle, got {M}; GRAM takes any number")
+        n = len(embeddings)
+        if n != 3: raise ShapeError(f"TRIANGLE needs 3 modalities, the corners of a triangle, got {n}; GRAM takes more")
 
     def _score(self, embeddings, target, present):
         return -2 * squared_areas(stand_apart(embeddings, present, target), target)
