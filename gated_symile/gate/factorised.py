@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..core import unit, EPS
-from .fits import Weighting
+from .fits import lines, Weighting
 
 # %% ../../nbs/api/gate/factorised.ipynb #ca661a7e
 class Queries(NamedTuple):
@@ -40,10 +40,10 @@ def side_by_side(
     target:int|None=None, # one target; `None`: all M
 ) -> Queries: # `(T, M-1)` lines: those of the other modalities, in turn from the target on
     "Puts beside each target what its queries bring."
-    M, device = len(queries.e), queries.e.device
+    M = len(queries.e)
     def turned(x):
         if target is None: return torch.stack([x.roll(-k, 0) for k in range(1, M)], 1)
-        return x.index_select(0, torch.tensor([(target + k) % M for k in range(1, M)], device=device))[None]
+        return lines(x, [(target + k) % M for k in range(1, M)])[None]
     return Queries(*(None if x is None else turned(x) for x in queries))
 
 def fits_of(

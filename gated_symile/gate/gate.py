@@ -16,7 +16,7 @@ from ..core import (check_name, check_range, check_score_input, check_whole, ful
                                DtypeError, ShapeError)
 from ..product import dvs
 from ..neutral import NeutralDirections
-from .fits import Fit, make_fit, WEIGHTINGS
+from .fits import Fit, lines, make_fit, WEIGHTINGS
 from .factorised import (fits_of, gated_embeddings, length_coefficients, pair_scores, side_by_side,
                                           Asks, Queries)
 
@@ -129,19 +129,19 @@ class ModalityGate(nn.Module):
 
     def _queries(self, embeddings, modalities, present=None):
         "`Queries` of some modalities."
-        e, n, here = torch.stack([embeddings[m] for m in modalities]), self.neutral()[modalities, None], None
+        e, n, here = torch.stack([embeddings[m] for m in modalities]), lines(self.neutral(), modalities)[:, None], None
         limits = self.strength().expand(*e.shape[:2], 1)
         if present is not None:
             here = present.T[modalities, :, None]
-            e, limits = torch.where(here, e, self.neutral.stand_in()[modalities, None]), limits * here
+            e, limits = torch.where(here, e, lines(self.neutral.stand_in(), modalities)[:, None]), limits * here
         lengths = length_coefficients(e, n)
         if not self.renormalise: lengths = e.new_tensor([1., 0., 0.]).view(3, 1, 1, 1).expand_as(lengths)
-        answers = self.fit.answer(e, torch.tensor(modalities, device=e.device)) / self.temperature()
+        answers = self.fit.answer(e, modalities) / self.temperature()
         return Queries(e, n, lengths.movedim(0, 1), limits, answers.expand(-1, e.shape[1], -1), here)
 
     def _asks(self, candidates, targets):
         "`Asks` of some targets."
-        asked, null = self.fit.ask(candidates, torch.tensor(targets, device=candidates.device))
+        asked, null = self.fit.ask(candidates, targets)
         null = asked.new_full(asked.shape[:2], -math.inf) if null is None else null / self.temperature()
         return Asks(candidates, asked, null[:, None, None].expand(-1, 1, 1, candidates.shape[1]))
 
