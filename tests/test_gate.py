@@ -240,8 +240,9 @@ def two_threads():
 
 @pytest.mark.parametrize("holes", [False, True])
 def test_compiled_to_machine_code(holes, two_threads):
-    "Large enough for two threads, whose scattered additions make PyTorch 2.13's compiler write beyond its memory: there are none."
-    if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
+    "Large enough for two threads, whose scattered additions make the compiler of PyTorch 2.13 write beyond its memory."
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
     torch._dynamo.reset()
     objective, e, present = bare(B=64, D=128, holes=holes, key_dim=128)
     compiled = torch.compile(objective, fullgraph=True)
