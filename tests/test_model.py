@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from gated_symile.core import (DataError, DtypeError, MissingError, ShapeError, UnknownNameError, generator, unit,
-                               whole_file)
+from gated_symile.core import (DataError, DtypeError, MissingError, NonFiniteError, ShapeError, UnknownNameError,
+                               generator, unit, whole_file)
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.data.mfeat import MFEAT_VIEWS, mfeat, mfeat_digits
 from gated_symile.encoders import MLP
@@ -129,7 +129,7 @@ def test_rows_of_one_kind_are_not_refused(name):
 @pytest.mark.parametrize("middle, spread, shift", [(1e5, 1., 0.9), (1e5, 1., 50), (40., 10., 3.), (0.3, 0.01, 0.005)])
 def test_other_means_are_other_means_however_large(middle, spread, shift):
     "A tolerance relative to the mean took 100000 and 99999.1 for the same, nine tenths of a standard deviation apart."
-    x = middle + spread * torch.randn(400, 4, generator=generator(0), dtype=torch.float64)
+    x = middle + spread * torch.randn(400, 6, generator=generator(0), dtype=torch.float64)
     how = Standardiser().fit(MultimodalDataset({"a": x}))
     with pytest.raises(DataError, match="'a'"): how.check(MultimodalDataset({"a": (x - middle + shift) / spread}))
 
@@ -180,15 +180,49 @@ def test_columns_have_to_be_those_of_the_training_rows(columns, error, words, tm
 
 
 def test_some_strange_columns_are_told():
-    train = MultimodalDataset({"a": torch.randn(100, 3, generator=generator(0))}, columns={"a": ["x", "y", "z"]})
+    train = MultimodalDataset({"a": torch.randn(100, 6, generator=generator(0))}, columns={"a": list("uvwxyz")})
     how = Standardiser().fit(train)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         how.check(train[:1]); how.check(MultimodalDataset({"a": train.modalities["a"] + 4}))
-    with pytest.warns(UserWarning, match=r"'a': 1 of 3 columns .* such as \['y'\].* is the unit the same"):
-        how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, 0]])}))
-    with pytest.raises(DataError, match=r"'a': 2 of 3 columns .* such as \['y', 'z'\]"):
-        how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, -20]])}))
+    with pytest.warns(UserWarning, match=r"'a': 1 of 6 columns .* such as \['v'\].* is the unit the same"):
+        how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, 0, 0, 0, 0]])}))
+    with pytest.raises(DataError, match=r"'a': 4 of 6 columns .* such as \['v', 'w', 'x'\]"):
+        how.check(MultimodalDataset({"a": torch.tensor([[0., 1000, -20, 30, -40, 0]])}))
+
+
+def test_rare_values_of_few_columns_are_no_error():
+    "A row of the training set itself is never refused: with a single rare flag, it is told."
+    rare = (torch.rand(500, 1, generator=generator(0)) < 0.02).float()
+    for x in (rare, torch.cat([rare, 1 - rare], 1)):
+        how = Standardiser().fit(MultimodalDataset({"smoker": x}))
+        with pytest.warns(UserWarning, match="is the unit the same"):
+            how.check(MultimodalDataset({"smoker": x[rare[:, 0] == 1][:1]}))
+
+
+def test_a_partial_state_keeps_what_the_standardiser_knows(trained):
+    model, test = trained
+    model, part = copy.deepcopy(model), {f"encoders.{k}": v for k, v in model.encoders.state_dict().items()}
+    before = model.embed(test)
+    model.load_state_dict(part, strict=False)
+    assert model.standardiser.fitted and all(map(torch.equal, model.embed(test), before))
+    lacking = {k: v for k, v in model.state_dict().items() if not k.startswith("standardiser")}
+    with pytest.raises(RuntimeError, match="Missing key"): model.load_state_dict(lacking)
+
+
+def test_names_of_columns_are_in_the_state(trained):
+    train = MultimodalDataset({"a": torch.randn(20, 2, generator=generator(0))}, columns={"a": ["p", "q"]})
+    other = Standardiser()
+    other.load_state_dict(Standardiser().fit(train).state_dict())
+    with pytest.raises(DataError, match="other order"):
+        other.check(MultimodalDataset(train.modalities, columns={"a": ["q", "p"]}))
+
+
+def test_a_row_of_holes_is_absent_or_an_error(trained):
+    model, test = trained
+    batch = {name: x[:8].clone() for name, x in test.modalities.items()}
+    batch["fou"][:2] = torch.nan
+    with pytest.raises(NonFiniteError, match="'fou' has NaN .* mark absent rows"): model.loss(batch)
 
 
 def test_a_dict_of_other_widths_is_named(trained):
@@ -400,7 +434,7 @@ def test_half_precision_of_the_whole(tmp_path):
     model.standardiser.fit(data)
     full = model.embed(data)
     model.to(torch.bfloat16)
-    assert {x.dtype for name, x in model.state_dict().items()} == {torch.bfloat16, torch.float32}
+    assert {x.dtype for x in model.state_dict().values() if x.is_floating_point()} == {torch.bfloat16, torch.float32}
     assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(full, model.embed(data))) and model.loss(data).isfinite()
     model.save(tmp_path/"half.safetensors")
     again = MultimodalModel.load(tmp_path/"half.safetensors")
