@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import gated_symile.objectives.base as objectives_base
 import gated_symile.runs.record as record_module
 import gated_symile.runs.run as run_module
 import gated_symile.runs.spec as spec_module
@@ -624,6 +625,34 @@ assert make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)[0
 """.replace("\\\\", "\\")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_objective_of_a_cell_is_known_by_its_code(tmp_path):
+    "It has no file: the same class is the same run, in another process too; an edited one is another."
+    code = MINE + """
+from gated_symile.runs.spec import make_specs
+print(make_specs(objectives="Mine", p=0., epochs=1, dim=8)[0].digest)
+"""
+    edits = code, code, code.replace("self.power * queries", "queries"), code.replace("+ 0.5", "+ 0.25")
+    done = [subprocess.run([sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            for text in (*edits, code.replace('{"weights"}', "()"))]
+    assert not any(d.returncode for d in done), done[-1].stderr[-3000:]
+    same, again, *others = [d.stdout.strip() for d in done]
+    assert same == again and len({same, *others}) == 4
+
+
+def test_plugins_of_one_file_name_are_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives_base, "_REGISTRY", registered())
+    for folder, text in (("a", MINE), ("b", MINE.replace("Mine", "Yours")), ("c", MINE)):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"mine.py").write_text(text)
+    made = lambda: make_specs(objectives=["Mine", "Yours"], p=0., plugins=[str(tmp_path/f/"mine.py") for f in "ab"])
+    mine, yours = made()
+    (tmp_path/"b"/"mine.py").write_text(MINE.replace("Mine", "Yours") + "# changed\n")
+    assert made()[0].digest == mine.digest and made()[1].digest != yours.digest
+    spec_module.load_plugins(str(tmp_path/"c"/".."/"a"/"mine.py"))
+    with pytest.raises(UnknownNameError, match="Mine is known already, from plugin_mine_"):
+        spec_module.load_plugins(str(tmp_path/"c"/"mine.py"))
 
 
 # One bootstrap

@@ -138,7 +138,7 @@ def label(
 @cache
 def _run_file(path, stamp):
     "A file's module, run once for each version of the file."
-    name = f"plugin_{path.stem}"
+    name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}" # files of one name are apart
     about = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(about)
     about.loader.exec_module(module)
@@ -151,7 +151,7 @@ def load_plugins(
     for plugin in plugins:
         if plugin.endswith(".py"):
             if not Path(plugin).is_file(): raise FileNotFoundError(f"plugins: no such file: {plugin}")
-            _run_file(Path(plugin).absolute(), os.stat(plugin).st_mtime_ns)
+            _run_file(Path(plugin).resolve(), os.stat(plugin).st_mtime_ns)
         else:
             try: importlib.import_module(plugin)
             except ModuleNotFoundError as error:
@@ -162,11 +162,33 @@ def load_plugins(
 def _digest_of_file(path, stamp): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/api/runs/spec.ipynb #ebd6f720
+def _told(value):
+    "What a part of a class does, in words that are the same in every process."
+    if isinstance(value, type(_told.__code__)): return [value.co_code.hex(), value.co_names, _told(value.co_consts)]
+    if isinstance(value, (classmethod, staticmethod)): return _told(value.__func__)
+    if isinstance(value, property): return _told((value.fget, value.fset, value.fdel))
+    if inspect.isfunction(value): return _told((value.__code__, value.__defaults__, value.__kwdefaults__))
+    if isinstance(value, dict): return [[str(name), _told(v)] for name, v in value.items()]
+    if isinstance(value, (list, tuple)): return [_told(v) for v in value]
+    if isinstance(value, (set, frozenset)): return sorted(repr(_told(v)) for v in value)
+    plainly = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    return repr(value) if plainly else type(value).__qualname__
+
+def _digest_of_class(objective):
+    "Of its source where that can be found, else of what its methods are compiled to; its bases beside it count, too."
+    told = []
+    for cls in [c for c in objective.__mro__ if c.__module__ == objective.__module__]:
+        body = {name: v for name, v in vars(cls).items() if not name.startswith("__") or inspect.isfunction(v)}
+        try: told.append(inspect.getsource(cls))
+        except (OSError, TypeError): told.append(_told(body))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
 def _own_code(objective):
-    "A digest of the file that defines an objective of a person's own; `None` for ours: a record has their commit."
+    "A digest of what defines an objective of a person's own, a file or a cell; `None` for ours: a record has a commit."
+    if objective.__module__.startswith("gated_symile."): return None
     file = getattr(sys.modules.get(objective.__module__), "__file__", None)
-    if objective.__module__.startswith("gated_symile.") or not file: return None
-    return _digest_of_file(file, os.stat(file).st_mtime_ns)
+    if file and os.path.isfile(file): return _digest_of_file(file, os.stat(file).st_mtime_ns)
+    return _digest_of_class(objective)
 
 # %% ../../nbs/api/runs/spec.ipynb #3768aa9d
 RESERVED = "all", "clean", "corrupted", "training", "NULL" # mean something else in the tables of a run
