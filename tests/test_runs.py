@@ -501,6 +501,41 @@ def test_a_list_of_tables_is_a_data_set_of_a_plan(tables, tmp_path):
     assert len(list((tmp_path/"out"/"runs").iterdir())) == 1
 
 
+def test_data_that_change_before_the_run_are_refused(tables, tmp_path, monkeypatch):
+    "Before the training, and between its rows and those that give the scale."
+    quietly(shutil.copytree, tables, tmp_path/"tables")
+    spec = quietly(make_specs, data=str(tmp_path/"tables"), objectives="Symile", p=0.5, **SMALL)[0]
+    frame, really = pd.read_csv(tmp_path/"tables"/"image.csv"), run_module.make_model
+    change = lambda x: frame.assign(**{frame.columns[0]: x}).to_csv(tmp_path/"tables"/"image.csv", index=False)
+    monkeypatch.setattr(run_module, "make_model", lambda *args: change(1.) or really(*args))
+    with pytest.raises(DataError, match="data: .*tables has changed since the specification"): quietly(run_one, spec)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="has changed since"): quietly(run_all, [spec], tmp_path/"out", progress=False)
+    assert not (tmp_path/"out"/"weights").exists()
+
+
+def test_a_persons_own_table_is_not_overwritten(tables, tmp_path, monkeypatch):
+    "Whatever it is, if it is called as results are; and where data are links, not at their other end either."
+    monkeypatch.setattr(record_module, "run_one", lambda *args: pytest.fail("something ran"))
+    for name in ("real", "links", "out"): (tmp_path/name).mkdir()
+    for path in tables.iterdir():
+        to = tmp_path/"real"/("results.parquet" if path.stem == "text-note" else path.name)
+        shutil.copy(path, to)
+        (tmp_path/"links"/path.name).symlink_to(to)
+    shutil.copy(tables/"text-note.parquet", tmp_path/"out"/"results.parquet")
+    before = (tmp_path/"out"/"results.parquet").read_bytes()
+    folder = quietly(make_specs, data=str(tmp_path/"links"), objectives="Symile", p=0., **SMALL)
+    files = [str(tmp_path/"links"/path.name) for path in tables.iterdir()]
+    single = quietly(make_specs, data=files, objectives="Symile", p=0., **SMALL)
+    for specs in (folder, single):
+        with pytest.raises(OutputError, match="is no record"): run_all(specs, tmp_path/"out", progress=False)
+        for bad in ("real", "links"):
+            with pytest.raises(OutputError, match="is where the data are"): run_all(specs, tmp_path/bad, progress=False)
+    assert (tmp_path/"out"/"results.parquet").read_bytes() == before
+    with pytest.raises(MissingError, match="specs: there is nothing to run"): run_all([], tmp_path/"none")
+    assert not (tmp_path/"none").exists()
+
+
 # What is finished, and what is not
 
 def test_an_interrupted_training_is_no_run(tmp_path, monkeypatch):
@@ -520,6 +555,20 @@ def test_an_interrupted_training_is_no_run(tmp_path, monkeypatch):
     results = run_all(specs, tmp_path, progress=False)
     assert trained == ["PairwiseCLIP", "Symile", "Symile", "GRAM"]
     assert results["objective"].unique().tolist() == ["PairwiseCLIP", "Symile", "GRAM"]
+
+
+def test_a_damaged_file_is_run_again(tmp_path):
+    spec, = make_specs(objectives="Symile", p=0., epochs=1, dim=8)
+    results = run_all([spec], tmp_path, progress=False)
+    weights, lines = weights_file(tmp_path, spec), run_file(tmp_path, spec)
+    whole = weights.read_bytes()
+    for file, content in ((weights, b""), (weights, whole[:-1]), (weights, whole[:100]), (lines, b""),
+                          (lines, lines.read_bytes()[:-9])):
+        file.write_bytes(content)
+        again = run_all([spec], tmp_path, progress=False)
+        assert len(load_run(weights).queries) == 2 and len(read_record(lines)) == len(results)
+        found = [table.query("metric == 'top1'")["value"].tolist() for table in (results, again)]
+        assert found[0] == found[1]
 
 
 def test_an_interrupted_part_of_a_sweep_is_not_recorded(tables, tmp_path, monkeypatch):
