@@ -119,6 +119,15 @@ def test_one_folder_for_many_at_a_time(tmp_path):
     (dict(batch_size=1), RangeError, "batch_size"),
     (dict(epochs=True), DtypeError, "epochs"),
     (dict(training_options={"clip": print}), DtypeError, "training_options: clip must be of numbers"),
+    (dict(training_options={"clip": -1}), RangeError, "clip must lie in"),
+    (dict(training_options={"patience": "x"}), DtypeError, "patience must be a whole number, got 'x'"),
+    (dict(training_options={"bank_size": 1}), RangeError, "bank_size must lie in"),
+    (dict(training_options={"precision": "f8"}), UnknownNameError, "precision: 'f8' is unknown.* 'bfloat16'"),
+    (dict(learn_scale="no"), DtypeError, "learn_scale must be True or False, got 'no'"),
+    (dict(data_options={"corruption": "swpa"}), UnknownNameError, "corruption: 'swpa' is unknown.*mean 'swap'"),
+    (dict(data="xnor", data_options={"corruption": "swpa"}), UnknownNameError, "corruption: 'swpa' is unknown"),
+    (dict(data="xnor", data_options={"signal": "half"}), UnknownNameError, "signal: 'half' is unknown"),
+    (dict(data="xnor", data_options={"rows": 0}), RangeError, "rows must lie in"),
     (dict(seeds=[0, 0]), DataError, "seeds: 0 comes twice"), (dict(p=[0, 0.]), DataError, "p: 0 comes twice"),
     (dict(objectives=["Symile", "Symile"]), DataError, "objectives: 'Symile' comes twice")])
 def test_a_wrong_setting_stops_before_anything_runs(settings, error, match):
