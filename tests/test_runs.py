@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import gated_symile.objectives.base as objectives_base
 import gated_symile.runs.record as record_module
 import gated_symile.runs.run as run_module
 import gated_symile.runs.spec as spec_module
@@ -118,6 +119,15 @@ def test_one_folder_for_many_at_a_time(tmp_path):
     (dict(batch_size=1), RangeError, "batch_size"),
     (dict(epochs=True), DtypeError, "epochs"),
     (dict(training_options={"clip": print}), DtypeError, "training_options: clip must be of numbers"),
+    (dict(training_options={"clip": -1}), RangeError, "clip must lie in"),
+    (dict(training_options={"patience": "x"}), DtypeError, "patience must be a whole number, got 'x'"),
+    (dict(training_options={"bank_size": 1}), RangeError, "bank_size must lie in"),
+    (dict(training_options={"precision": "f8"}), UnknownNameError, "precision: 'f8' is unknown.* 'bfloat16'"),
+    (dict(learn_scale="no"), DtypeError, "learn_scale must be True or False, got 'no'"),
+    (dict(data_options={"corruption": "swpa"}), UnknownNameError, "corruption: 'swpa' is unknown.*mean 'swap'"),
+    (dict(data="xnor", data_options={"corruption": "swpa"}), UnknownNameError, "corruption: 'swpa' is unknown"),
+    (dict(data="xnor", data_options={"signal": "half"}), UnknownNameError, "signal: 'half' is unknown"),
+    (dict(data="xnor", data_options={"rows": 0}), RangeError, "rows must lie in"),
     (dict(seeds=[0, 0]), DataError, "seeds: 0 comes twice"), (dict(p=[0, 0.]), DataError, "p: 0 comes twice"),
     (dict(objectives=["Symile", "Symile"]), DataError, "objectives: 'Symile' comes twice")])
 def test_a_wrong_setting_stops_before_anything_runs(settings, error, match):
@@ -500,6 +510,41 @@ def test_a_list_of_tables_is_a_data_set_of_a_plan(tables, tmp_path):
     assert len(list((tmp_path/"out"/"runs").iterdir())) == 1
 
 
+def test_data_that_change_before_the_run_are_refused(tables, tmp_path, monkeypatch):
+    "Before the training, and between its rows and those that give the scale."
+    quietly(shutil.copytree, tables, tmp_path/"tables")
+    spec = quietly(make_specs, data=str(tmp_path/"tables"), objectives="Symile", p=0.5, **SMALL)[0]
+    frame, really = pd.read_csv(tmp_path/"tables"/"image.csv"), run_module.make_model
+    change = lambda x: frame.assign(**{frame.columns[0]: x}).to_csv(tmp_path/"tables"/"image.csv", index=False)
+    monkeypatch.setattr(run_module, "make_model", lambda *args: change(1.) or really(*args))
+    with pytest.raises(DataError, match="data: .*tables has changed since the specification"): quietly(run_one, spec)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="has changed since"): quietly(run_all, [spec], tmp_path/"out", progress=False)
+    assert not (tmp_path/"out"/"weights").exists()
+
+
+def test_a_persons_own_table_is_not_overwritten(tables, tmp_path, monkeypatch):
+    "Whatever it is, if it is called as results are; and where data are links, not at their other end either."
+    monkeypatch.setattr(record_module, "run_one", lambda *args: pytest.fail("something ran"))
+    for name in ("real", "links", "out"): (tmp_path/name).mkdir()
+    for path in tables.iterdir():
+        to = tmp_path/"real"/("results.parquet" if path.stem == "text-note" else path.name)
+        shutil.copy(path, to)
+        (tmp_path/"links"/path.name).symlink_to(to)
+    shutil.copy(tables/"text-note.parquet", tmp_path/"out"/"results.parquet")
+    before = (tmp_path/"out"/"results.parquet").read_bytes()
+    folder = quietly(make_specs, data=str(tmp_path/"links"), objectives="Symile", p=0., **SMALL)
+    files = [str(tmp_path/"links"/path.name) for path in tables.iterdir()]
+    single = quietly(make_specs, data=files, objectives="Symile", p=0., **SMALL)
+    for specs in (folder, single):
+        with pytest.raises(OutputError, match="is no record"): run_all(specs, tmp_path/"out", progress=False)
+        for bad in ("real", "links"):
+            with pytest.raises(OutputError, match="is where the data are"): run_all(specs, tmp_path/bad, progress=False)
+    assert (tmp_path/"out"/"results.parquet").read_bytes() == before
+    with pytest.raises(MissingError, match="specs: there is nothing to run"): run_all([], tmp_path/"none")
+    assert not (tmp_path/"none").exists()
+
+
 # What is finished, and what is not
 
 def test_an_interrupted_training_is_no_run(tmp_path, monkeypatch):
@@ -519,6 +564,20 @@ def test_an_interrupted_training_is_no_run(tmp_path, monkeypatch):
     results = run_all(specs, tmp_path, progress=False)
     assert trained == ["PairwiseCLIP", "Symile", "Symile", "GRAM"]
     assert results["objective"].unique().tolist() == ["PairwiseCLIP", "Symile", "GRAM"]
+
+
+def test_a_damaged_file_is_run_again(tmp_path):
+    spec, = make_specs(objectives="Symile", p=0., epochs=1, dim=8)
+    results = run_all([spec], tmp_path, progress=False)
+    weights, lines = weights_file(tmp_path, spec), run_file(tmp_path, spec)
+    whole = weights.read_bytes()
+    for file, content in ((weights, b""), (weights, whole[:-1]), (weights, whole[:100]), (lines, b""),
+                          (lines, lines.read_bytes()[:-9])):
+        file.write_bytes(content)
+        again = run_all([spec], tmp_path, progress=False)
+        assert len(load_run(weights).queries) == 2 and len(read_record(lines)) == len(results)
+        found = [table.query("metric == 'top1'")["value"].tolist() for table in (results, again)]
+        assert found[0] == found[1]
 
 
 def test_an_interrupted_part_of_a_sweep_is_not_recorded(tables, tmp_path, monkeypatch):
@@ -624,6 +683,34 @@ assert make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)[0
 """.replace("\\\\", "\\")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_objective_of_a_cell_is_known_by_its_code(tmp_path):
+    "It has no file: the same class is the same run, in another process too; an edited one is another."
+    code = MINE + """
+from gated_symile.runs.spec import make_specs
+print(make_specs(objectives="Mine", p=0., epochs=1, dim=8)[0].digest)
+"""
+    edits = code, code, code.replace("self.power * queries", "queries"), code.replace("+ 0.5", "+ 0.25")
+    done = [subprocess.run([sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            for text in (*edits, code.replace('{"weights"}', "()"))]
+    assert not any(d.returncode for d in done), done[-1].stderr[-3000:]
+    same, again, *others = [d.stdout.strip() for d in done]
+    assert same == again and len({same, *others}) == 4
+
+
+def test_plugins_of_one_file_name_are_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives_base, "_REGISTRY", registered())
+    for folder, text in (("a", MINE), ("b", MINE.replace("Mine", "Yours")), ("c", MINE)):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"mine.py").write_text(text)
+    made = lambda: make_specs(objectives=["Mine", "Yours"], p=0., plugins=[str(tmp_path/f/"mine.py") for f in "ab"])
+    mine, yours = made()
+    (tmp_path/"b"/"mine.py").write_text(MINE.replace("Mine", "Yours") + "# changed\n")
+    assert made()[0].digest == mine.digest and made()[1].digest != yours.digest
+    spec_module.load_plugins(str(tmp_path/"c"/".."/"a"/"mine.py"))
+    with pytest.raises(UnknownNameError, match="Mine is known already, from plugin_mine_"):
+        spec_module.load_plugins(str(tmp_path/"c"/"mine.py"))
 
 
 # One bootstrap

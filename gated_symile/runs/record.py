@@ -89,8 +89,10 @@ OWN = "runs", "weights", "parts", "chosen", "collected" # folders that are made 
 def _check_apart(out, data):
     "`OutputError` if results would go where data are: into a folder that is read whole, or beside single files."
     out, whole = Path(out).resolve(), isinstance(data, str) and Path(data).is_dir()
-    for folder in {Path(data).resolve()} if whole else {file.parent.resolve() for file in files_of(data)}:
-        inside = folder == out or (whole and folder in out.parents)
+    wholly, files = {Path(data).resolve()} if whole else set(), files_of(data)
+    folders = {place for file in files for place in (file.parent.resolve(), file.resolve().parent)} # both ends of links
+    for folder in wholly | folders:
+        inside = folder == out or (folder in wholly and folder in out.parents)
         if inside or any(out/own in (folder, *folder.parents) for own in OWN):
             raise OutputError(f"out: {str(out)!r} is where the data are ({folder}): results never go there")
 
@@ -132,19 +134,27 @@ def save_run(
     run.model.save(weights_file(out, run.spec), about)
 
 # %% ../../nbs/api/runs/record.ipynb #d8f0a9a7
+def _is_finished(out, spec):
+    "Whether both files of a run are there and whole."
+    try: return bool(read_about(weights_file(out, spec))) and len(read_record(run_file(out, spec))) > 0
+    except (FileNotFoundError, DataError): return False
+
 def run_all(
-    specs:Iterable[RunSpec], # what to run, as from `make_specs`
+    specs:Iterable[RunSpec], # what to run, as from `make_specs`; at least one
     out:str|Path="runs/retrieval", # folder of `results.parquet`, weights, and a file for each run
     device:str="cpu", # or `"cuda"`
     progress:bool=True, # whether to show a progress bar
 ) -> pd.DataFrame: # the record of all these runs, also in `<out>/results.parquet`
-    "Run what isn't finished in `out`; `OutputError` before anything is trained, if results can't go there."
+    "Run what isn't finished in `out`; `MissingError`, `OutputError` before anything is trained."
     specs, tables = list(specs), []
+    if not specs: raise MissingError("specs: there is nothing to run")
     folder = open_folder(out, *{label(spec.data): spec.data for spec in specs}.values())
+    try: read_record(folder/"results.parquet")
+    except DataError as error: raise OutputError(f"out: results would overwrite what is no record: {error}") from error
     with tqdm(specs, disable=not progress, unit="run") as bar:
         for spec in bar:
             bar.set_description(str(spec))
-            if not (run_file(folder, spec).is_file() and weights_file(folder, spec).is_file()):
+            if not _is_finished(folder, spec):
                 save_run(run := run_one(spec, device), folder)
                 write_record(as_record(run), run_file(folder, spec))
             tables.append(read_record(run_file(folder, spec)))

@@ -7,28 +7,34 @@ __all__ = ['LINE', 'split_data', 'make_model', 'train_one', 'Run', 'run_one']
 
 # %% ../../nbs/api/runs/run.ipynb #8015eda2
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from ..auditing import detection
-from ..core import generator
+from ..core import generator, DataError
 from ..data.dataset import MultimodalDataset
 from ..encoders import MLP
 from ..fragility import accuracy_by_corruption, gate_by_corruption, moved_by_corruption
 from ..model import MultimodalModel
 from ..objectives.base import make_objective
-from .spec import RunSpec
+from .spec import label, RunSpec
 from ..search import rank_dataset
 from ..training import fit
 
 # %% ../../nbs/api/runs/run.ipynb #be40622e
+def _split(spec, p):
+    "The rows at another p."
+    if (source := spec.source).fingerprint != spec.fingerprint:
+        raise DataError(f"data: {label(spec.data)} has changed since the specification was made")
+    return source.splits(spec.names, p, generator(spec.seed), **spec.data_options)
+
 def split_data(
     spec:RunSpec, # the run
 ) -> tuple[MultimodalDataset, ...]: # training, validation and test rows, raw, the same whenever they are asked for
-    "The rows of a run."
-    return spec.source.splits(spec.names, spec.p, generator(spec.seed), **spec.data_options)
+    "The rows of a run; `DataError` where a person's files are not those that the specification was made of."
+    return _split(spec, spec.p)
 
 def make_model(
     spec:RunSpec, # the run
@@ -50,7 +56,7 @@ def train_one(
     "Train on the training rows, scaled as they are without corruption; the errors of `fit`."
     train, valid, test = split_data(spec)
     model = make_model(spec, {name: train.modalities[name].shape[1] for name in spec.names})
-    if spec.standardise: model.standardiser.fit(split_data(replace(spec, p=0.))[0])
+    if spec.standardise: model.standardiser.fit(_split(spec, 0.)[0])
     options = dict(device=device, seed=spec.seed, progress=False, **spec.training_options)
     history = fit(model, train, valid, spec.target, **options)
     return model, history, test

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import (check_name, check_range, check_whole, DataError, DtypeError, MissingError,
+from ..core import (check_name, check_range, check_whole, generator, DataError, DtypeError, MissingError,
                                UnknownNameError)
 from ..data.mfeat import mfeat, MFEAT_VIEWS
-from ..data.splits import corrupted_splits
+from ..data.splits import corrupted_splits, CORRUPTIONS
 from ..data.tabular import load_tabular
 from ..data.xnor import synthetic_xnor
 from ..encoders import MLP
 from ..objectives.base import make_objective, registered
-from ..training import fit
+from ..training import fit, PRECISIONS
 
 # %% ../../nbs/api/runs/spec.ipynb #505d4441
 def plain(
@@ -80,6 +80,13 @@ class Source:
     bank_size:int|None=None # rows are ranked among at least so many; `None`: among all
     standardise:bool=True # whether the model standardises its rows
     fingerprint:str|None=None # of a person's files
+    check:Callable=lambda **options: None # of the values of its options: raises what their use would
+
+def _check_xnor(rows, fractions, **options):
+    check_whole("rows", rows, 1)
+    synthetic_xnor(rows=2, generator=generator(0), **options)
+
+def _check_corruption(corruption, **options): check_name("corruption", corruption, CORRUPTIONS)
 
 def _xnor_splits(names, p, generator, fractions, **options):
     return synthetic_xnor(p=p, generator=generator, **options).select(names).split(tuple(fractions), generator)
@@ -87,13 +94,14 @@ def _xnor_splits(names, p, generator, fractions, **options):
 def _dataset_source(dataset, **about):
     def splits(names, p, generator, id="id", **options):
         return corrupted_splits(dataset.select(names), p, generator, **options)
-    return Source(dataset.names, splits, about.pop("options", options_of(corrupted_splits)), **about)
+    options = about.pop("options", options_of(corrupted_splits))
+    return Source(dataset.names, splits, options, check=_check_corruption, **about)
 
 @cache
 def _known_source(name):
     if name == "mfeat": return _dataset_source(mfeat(MFEAT_VIEWS), target="pix", queries=("fou", "zer"))
     options = {"fractions": [0.8, 0.1, 0.1], **options_of(synthetic_xnor)}
-    return Source(["A", "B", "C"], _xnor_splits, options, "A", bank_size=128, standardise=False)
+    return Source(["A", "B", "C"], _xnor_splits, options, "A", bank_size=128, standardise=False, check=_check_xnor)
 
 # %% ../../nbs/api/runs/spec.ipynb #8fdb5678
 def files_of(
@@ -138,7 +146,7 @@ def label(
 @cache
 def _run_file(path, stamp):
     "A file's module, run once for each version of the file."
-    name = f"plugin_{path.stem}"
+    name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}" # files of one name are apart
     about = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(about)
     about.loader.exec_module(module)
@@ -151,7 +159,7 @@ def load_plugins(
     for plugin in plugins:
         if plugin.endswith(".py"):
             if not Path(plugin).is_file(): raise FileNotFoundError(f"plugins: no such file: {plugin}")
-            _run_file(Path(plugin).absolute(), os.stat(plugin).st_mtime_ns)
+            _run_file(Path(plugin).resolve(), os.stat(plugin).st_mtime_ns)
         else:
             try: importlib.import_module(plugin)
             except ModuleNotFoundError as error:
@@ -162,11 +170,33 @@ def load_plugins(
 def _digest_of_file(path, stamp): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/api/runs/spec.ipynb #ebd6f720
+def _told(value):
+    "What a part of a class does, in words that are the same in every process."
+    if isinstance(value, type(_told.__code__)): return [value.co_code.hex(), value.co_names, _told(value.co_consts)]
+    if isinstance(value, (classmethod, staticmethod)): return _told(value.__func__)
+    if isinstance(value, property): return _told((value.fget, value.fset, value.fdel))
+    if inspect.isfunction(value): return _told((value.__code__, value.__defaults__, value.__kwdefaults__))
+    if isinstance(value, dict): return [[str(name), _told(v)] for name, v in value.items()]
+    if isinstance(value, (list, tuple)): return [_told(v) for v in value]
+    if isinstance(value, (set, frozenset)): return sorted(repr(_told(v)) for v in value)
+    plainly = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    return repr(value) if plainly else type(value).__qualname__
+
+def _digest_of_class(objective):
+    "Of its source where that can be found, else of what its methods are compiled to; its bases beside it count, too."
+    told = []
+    for cls in [c for c in objective.__mro__ if c.__module__ == objective.__module__]:
+        body = {name: v for name, v in vars(cls).items() if not name.startswith("__") or inspect.isfunction(v)}
+        try: told.append(inspect.getsource(cls))
+        except (OSError, TypeError): told.append(_told(body))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
 def _own_code(objective):
-    "A digest of the file that defines an objective of a person's own; `None` for ours: a record has their commit."
+    "A digest of what defines an objective of a person's own, a file or a cell; `None` for ours: a record has a commit."
+    if objective.__module__.startswith("gated_symile."): return None
     file = getattr(sys.modules.get(objective.__module__), "__file__", None)
-    if objective.__module__.startswith("gated_symile.") or not file: return None
-    return _digest_of_file(file, os.stat(file).st_mtime_ns)
+    if file and os.path.isfile(file): return _digest_of_file(file, os.stat(file).st_mtime_ns)
+    return _digest_of_class(objective)
 
 # %% ../../nbs/api/runs/spec.ipynb #3768aa9d
 RESERVED = "all", "clean", "corrupted", "training", "NULL" # mean something else in the tables of a run
@@ -203,6 +233,17 @@ def as_list(
         if values.count(v) > 1: raise DataError(f"{argument}: {v!r} comes twice")
     if not values: raise DtypeError(f"{argument} must not be empty")
     return values
+
+_COUNTS = dict(epochs=1, batch_size=2, warmup_steps=0, patience=1, bank_size=2) # of `fit`, with the least of each
+_RATES = "learning_rate", "gate_learning_rate", "weight_decay", "clip"
+
+def _check_training(options):
+    "Options of `fit`, by its ranges."
+    check_name("precision", options["precision"], PRECISIONS)
+    for name in [*_COUNTS, *_RATES]:
+        value = options[name]
+        if value is None and name in ("patience", "bank_size", "gate_learning_rate"): continue
+        check_whole(name, value, _COUNTS[name]) if name in _COUNTS else check_range(name, value, 0)
 
 @cache
 def _try(objective, n_modalities, dim, objective_options, encoder_options):
@@ -247,6 +288,8 @@ class RunSpec:
         put(**{f.name: plain(f.name, getattr(self, f.name)) for f in fields(self) if f.init})
         put(p=float(check_range("p", self.p, 0, 1)))
         for name, low in (("seed", 0), ("dim", 1)): check_whole(name, getattr(self, name), low)
+        if not isinstance(self.learn_scale, bool):
+            raise DtypeError(f"learn_scale must be True or False, got {self.learn_scale!r}")
         source = self.source
         put(**{name: getattr(source, name) for name in ("bank_size", "standardise", "fingerprint")})
         put(**dict(zip(("target", "queries"), _modalities(self, source))))
@@ -257,8 +300,8 @@ class RunSpec:
                        training_options={**options_of(fit), "bank_size": self.bank_size})
         put(**{name: check_options(name, getattr(self, name), options) for name, options in allowed.items()})
         _try(objective, len(self.names), self.dim, json.dumps(self.objective_options), json.dumps(self.encoder_options))
-        for name, low in (("epochs", 1), ("batch_size", 2)): check_whole(name, self.training_options[name], low)
-        check_range("learning_rate", self.training_options["learning_rate"], 0)
+        _check_training(self.training_options)
+        source.check(**self.data_options)
 
     names = property(lambda self: [self.target, *self.queries], doc="The target, then the queries.")
 
