@@ -10,7 +10,7 @@ from inspect import signature
 
 from torch import nn, Tensor
 
-from .core import check_range, check_whole, ShapeError
+from .core import check_range, check_whole, MissingError, ShapeError
 
 # %% ../nbs/api/encoders.ipynb #fbc2fe5b
 def _block(in_features, width, norm, dropout):
@@ -47,8 +47,11 @@ class MLP(nn.Module):
         return self.layers(x)
 
     def settings(self) -> dict: # name -> value
-        "The parameters it was made with: `MLP(**settings)` makes another."
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+        "The parameters it was made with: `MLP(**settings)` makes another; `MissingError` if a subclass keeps not all."
+        names = list(signature(type(self)).parameters)
+        lost = [name for name in names if not hasattr(self, name)]
+        if lost: raise MissingError(f"{type(self).__name__} keeps no attribute {', '.join(lost)}, which __init__ takes")
+        return {name: getattr(self, name) for name in names}
 
 # %% ../nbs/api/encoders.ipynb #bc668a95
 ENCODERS: dict[str, type[nn.Module]] = {"MLP": MLP} # by name of the class; each has `settings`

@@ -9,6 +9,7 @@ __all__ = ['PRECISIONS', 'schedule_free', 'near_equal_batches', 'fit']
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import pandas as pd
@@ -55,8 +56,8 @@ def near_equal_batches(
     return list(torch.randperm(rows, generator=generator).tensor_split(n))
 
 # %% ../nbs/api/training.ipynb #de2ef2f7
-def _batches(train, batch_size, draws, device):
-    "The batches of an epoch, on the device: rows by name, and `present`."
+def _batches(train, batch_size, draws, device, names):
+    "The batches of an epoch, on the device: rows of these modalities, as far as they are there, and `present`."
     if isinstance(train, MultimodalDataset):
         for rows in near_equal_batches(len(train), batch_size, draws):
             rows, there = rows.to(train.device), train.present
@@ -66,12 +67,20 @@ def _batches(train, batch_size, draws, device):
         rows, present = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         if not isinstance(rows, dict):
             raise DtypeError(f"train: a batch must be a dict of tensors, or with present, got {type(rows).__name__}")
-        yield {name: x.to(device) for name, x in rows.items()}, None if present is None else present.to(device)
+        rows = {name: rows[name].to(device) for name in names if name in rows}
+        yield rows, None if present is None else present.to(device)
 
 # %% ../nbs/api/training.ipynb #e490c4f0
 def _switch(optimiser, mode):
     "To the weights to train or to evaluate, where an optimiser has two sets of them."
     getattr(optimiser, mode, lambda: None)()
+
+def _height(batch): return len(next(iter(batch.values()), ()))
+
+def _frozen(model):
+    "The encoders, and the objective, that have parameters, all of them frozen."
+    parts = [*model.encoders.values(), model.objective]
+    return [m for m in parts if any(True for _ in m.parameters()) and not any(p.requires_grad for p in m.parameters())]
 
 def _train_step(model, batch, present, optimiser, draws, clip, autocast):
     "One step; returns the loss."
@@ -88,9 +97,11 @@ def _train_step(model, batch, present, optimiser, draws, clip, autocast):
 def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
     "One pass: the mean loss of a row, how many batches, and why some were skipped. Errors say epoch and step."
     model.train(); _switch(optimiser, "train")
+    for part in _frozen(model): part.eval()
     total, used, step, skipped = 0., 0, 0, []
     for step, (batch, present) in enumerate(batches, 1):
-        n = len(next(iter(batch.values())))
+        n = _height(batch)
+        if n == 1: skipped.append("a single row has nothing to be contrasted with: drop_last=True"); continue
         try: total, used = total + n * _train_step(model, batch, present, optimiser, draws, clip, autocast), used + n
         except MissingError as error: skipped.append(str(error))
         except GatedSymileError as error: raise type(error)(f"epoch {epoch}, step {step}: {error}") from error
@@ -101,13 +112,17 @@ def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
 # %% ../nbs/api/training.ipynb #1df625ed
 def _refresh(model, batches, autocast):
     "Running statistics of batch norms for the weights as they are: the mean over the batches."
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    frozen = {m for part in _frozen(model) for m in part.modules()}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in frozen]
     momenta = [norm.momentum for norm in norms]
-    with evaluating(model):
-        for norm in norms: norm.train(); norm.reset_running_stats(); norm.momentum = None
-        for batch, present in batches if norms else []:
-            with autocast(): model(batch, present)
-    for norm, momentum in zip(norms, momenta): norm.momentum = momentum
+    try:
+        with evaluating(model):
+            for norm in norms: norm.train(); norm.reset_running_stats(); norm.momentum = None
+            for batch, present in batches if norms else []:
+                if _height(batch) == 1: continue                           # as in training; and it has no variance
+                with suppress(MissingError), autocast(): model(batch, present)
+    finally:
+        for norm, momentum in zip(norms, momenta): norm.momentum = momentum
 
 # %% ../nbs/api/training.ipynb #9760b9e9
 class _Best:
@@ -154,7 +169,9 @@ def _check_settings(precision, optimiser, callbacks, **numbers):
 
 def _check_device(device):
     "A device that works here; `UnknownNameError` with the reason."
-    try: return torch.zeros(1, device=device).device
+    try:
+        (there := torch.zeros(1, device=device)).item()                    # "meta" has no numbers
+        return there.device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UnknownNameError(f"device: {device!r} can't be used here: {str(error).splitlines()[0]}") from error
 
@@ -196,6 +213,12 @@ def _prepare(model, train, valid, target, bank_size, device):
     model.to(device)
     return train.to(device) if "train" in known else train, valid.to(device)
 
+def _optimiser(model, optimiser, rates):
+    "The optimiser, made by a person's function or by the numbers; `DtypeError` for something else."
+    made = schedule_free(model, **rates) if optimiser is None else optimiser(model)
+    if callable(getattr(made, "step", None)) and callable(getattr(made, "zero_grad", None)): return made
+    raise DtypeError(f"optimiser must give an optimiser, with step() and zero_grad(), got {type(made).__name__}")
+
 def _validate(model, valid, target, bank_size, autocast):
     "Top-1 and mean reciprocal rank."
     with evaluating(model), autocast():
@@ -236,15 +259,15 @@ def fit(
     epochs_bar = tqdm(range(1, epochs + 1), disable=not progress, unit="epoch")
     try:
         train, valid = _prepare(model, train, valid, target, bank_size, device)
-        descent = schedule_free(model, **rates) if optimiser is None else optimiser(model)
+        descent = _optimiser(model, optimiser, rates)
         with torch.random.fork_rng(range(torch.cuda.device_count())), epochs_bar as bar:
             torch.manual_seed(seed)
             for epoch in bar:
-                start, batches = time.perf_counter(), _batches(train, batch_size, draws, device)
+                start, batches = time.perf_counter(), _batches(train, batch_size, draws, device, model.names)
                 loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
                 steps, skipped = steps + n, skipped + unused
                 _switch(descent, "eval")
-                again = _batches(train, batch_size, generator(seed), device)
+                again = _batches(train, batch_size, generator(seed), device, model.names)
                 if hasattr(descent, "eval"): _refresh(model, again, autocast)
                 top1, mrr = _validate(model, valid, target, bank_size, autocast)
                 best.offer((top1, mrr), epoch, model)

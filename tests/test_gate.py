@@ -287,7 +287,7 @@ def test_a_fit_of_ones_own():
     "In a score, by hand; in a loss, all targets; compiled."
     objective, e, present = bare(holes=True, fit=Agreement(), strength=1.)
     gate = objective.gate
-    assert gate.settings()["fit"] == "Agreement"
+    assert gate.settings()["fit"] == f"{__name__}.Agreement"
     weights = gate.weights(e, 0, present)[0]
     cosines = torch.stack([e[m] @ e[0].T for m in (1, 2)], -1) / gate.temperature()     # (B, N, 2)
     assert_same(weights, cosines.masked_fill(~present[:, None, 1:], -math.inf).softmax(-1), 1e-5)
@@ -297,6 +297,20 @@ def test_a_fit_of_ones_own():
     for wrong in (torch.nn.Linear(8, 8), Agreement, 3):
         with pytest.raises(DtypeError, match="fit must be a name or a module with `ask` and `answer`"):
             ModalityGate(3, 8, fit=wrong)
+
+
+def test_a_fit_without_null_is_not_taken_for_one_with():
+    objective, e, present = bare(fit=Agreement(), null=True)
+    for score in (lambda: objective(e, present), lambda: objective.gate.scores(e, 0),
+                  lambda: objective.gate.weights(e, 0), lambda: objective.gate.gated(e, 0)):
+        with pytest.raises(DtypeError, match="fit: Agreement.ask gives no NULL logits, which null=True asks for"):
+            score()
+
+
+def test_a_namesake_of_a_fit_of_the_library_is_told_apart():
+    attention = type("attention", (Agreement,), {})
+    assert ModalityGate(3, 8, fit=attention()).settings()["fit"] == f"{__name__}.attention"
+    assert ModalityGate(3, 8, fit="attention").settings()["fit"] == "attention"
 
 
 def test_the_authors_temperatures():

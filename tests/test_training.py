@@ -50,6 +50,14 @@ def make(objective="Symile", seed=0, standardise=True, **kwargs):
         return MultimodalModel(encoders, OBJECTIVES[objective](), standardise)
 
 
+def with_norms():
+    """A small model with batch norm and dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        def encoder(): return nn.Sequential(nn.Linear(8, DIM), nn.BatchNorm1d(DIM), nn.Dropout(0.3))
+        return MultimodalModel({name: encoder() for name in "ABC"}, Symile("candidates"))
+
+
 def weights(model): return {name: x.clone() for name, x in model.state_dict().items()}
 
 
@@ -406,6 +414,8 @@ def test_a_gradient_that_is_not_finite_stops_too():
     (dict(device=torch.device("cuda", 99)), UnknownNameError, "device: device.*cuda.* can't be used here"),
     (dict(optimiser=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)), DtypeError,
      "optimiser must be a function from a model"),
+    (dict(optimiser=lambda model: None), DtypeError, "optimiser must give an optimiser.*got NoneType"),
+    (dict(device="meta"), UnknownNameError, "device: 'meta' can't be used here"),
     (dict(callbacks=print), DtypeError, "callbacks must be a list of functions"),
     (dict(train=(batch for batch in [])), DtypeError, "again and again, got generator"),
     (dict(train=[TRAIN.modalities]), MissingError, "can't be learnt from batches: call model.standardiser.fit"),
@@ -487,6 +497,30 @@ def test_a_batch_without_a_modality_is_named():
         fit(model, [torch.ones(2, 8)], VALID, **QUICK)
 
 
+def test_what_else_a_batch_carries_is_left_alone():
+    one, two = make(), make()
+    plain = [TRAIN[rows].modalities for rows in torch.arange(160).split(40)]
+    rich = [{"id": ["a"]*40, **batch, "D": object()} for batch in plain]
+    for model, batches in ((one, plain), (two, rich)):
+        model.standardiser.fit(TRAIN)
+        fit(model, batches, VALID, **QUICK)
+    assert digest(one) == digest(two)
+
+
+def test_a_last_batch_of_one_row_is_skipped_and_counted():
+    "With batch norm, which knows no variance of a single row; as if that batch weren't there."
+    models = [with_norms(), with_norms()]
+    batches = [TRAIN[rows].modalities for rows in torch.arange(81).split(40)]
+    for model in models: model.standardiser.fit(TRAIN)
+    with pytest.warns(UserWarning, match="3 of 9 batches skipped .a single row has nothing.*drop_last=True"):
+        fit(models[0], batches, VALID, **QUICK)
+    fit(models[1], batches[:2], VALID, **QUICK)
+    assert digest(models[0]) == digest(models[1])
+    for nothing, why in (([batches[2]], "a single row"), ([{}], "batch lacks 'A', 'B', 'C'")):
+        with pytest.raises(MissingError, match=f"none of 1 batches can be used .{why}"):
+            fit(models[0], nothing, VALID, **QUICK)
+
+
 def test_an_optimiser_of_ones_own():
     by_fit, plain = make("PairwiseCLIP"), make("PairwiseCLIP")
     def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.1)
@@ -527,10 +561,7 @@ def test_any_module_with_a_loss_and_a_score_will_do():
 
 def test_statistics_of_batch_norm_are_those_of_the_weights_that_are_evaluated():
     "Schedule-free averages the weights; the statistics that the training weights left behind belong to others."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        def encoder(): return nn.Sequential(nn.Linear(8, DIM), nn.BatchNorm1d(DIM), nn.Dropout(0.3))
-        model = MultimodalModel({name: encoder() for name in "ABC"}, Symile("candidates"))
+    model = with_norms()
     history = fit(model, TRAIN, VALID, "A", epochs=25, batch_size=40, learning_rate=3e-2, warmup_steps=5,
                   progress=False)
     for name, x in TRAIN.modalities.items():
@@ -541,3 +572,56 @@ def test_statistics_of_batch_norm_are_those_of_the_weights_that_are_evaluated():
         assert norm.momentum == 0.1
     assert history["valid_top1"].max() > 0.5
     assert rank_dataset(model, VALID, "A")[0].top(1).mean().item() == history["valid_top1"].max()
+
+
+@pytest.mark.parametrize("optimiser", [None, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)])
+def test_a_frozen_encoder_stays_as_it_came(optimiser):
+    model, modes = with_norms(), []
+    model.encoders["B"].requires_grad_(False)
+    model.encoders["B"].register_forward_hook(lambda module, *_: modes.append([m.training for m in module.modules()]))
+    before = weights(model)
+    fit(model, TRAIN, VALID, **QUICK, optimiser=optimiser)
+    changed = {name for name, x in weights(model).items() if name in before and not torch.equal(x, before[name])}
+    assert {name.split(".")[1] for name in changed if name.startswith("encoders")} == {"A", "C"}
+    assert {"encoders.A.1.running_mean", "encoders.C.1.running_var"} < changed
+    assert modes and not any(map(any, modes))                                    # nor is anything dropped
+
+
+def test_a_frozen_objective_is_left_alone_and_one_without_parameters_trains():
+    class Modes(Anything):
+        def forward(self, *args): self.mode = self.training; return super().forward(*args)
+    for frozen in (False, True):
+        model = MultimodalModel({name: MLP(8, DIM) for name in "ABC"}, Modes())
+        if frozen: model.objective.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+        fit(model, TRAIN, VALID, **QUICK)
+        assert model.objective.mode is not frozen
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_refresh_that_is_cut_off_gives_the_norms_their_momentum_back(error):
+    class Loader:
+        passes = 0
+        def __iter__(self):
+            self.passes += 1
+            yield TRAIN[:40].modalities
+            if self.passes == 2: raise error("unplugged")                        # the first pass trains
+            yield TRAIN[40:80].modalities
+    model = with_norms()
+    model.standardiser.fit(TRAIN)
+    with warnings.catch_warnings(), pytest.raises(error, match="unplugged"):
+        warnings.simplefilter("ignore")
+        fit(model, Loader(), VALID, **QUICK)
+    assert [model.encoders[name][1].momentum for name in "ABC"] == [0.1]*3 and not model.training
+
+
+class Deep(MLP):
+    "Keeps nothing by the name of what it was made with."
+    def __init__(self, n): super().__init__(n, dim=8)
+
+
+def test_an_encoder_that_cannot_say_how_it_was_made_is_saved_all_the_same(tmp_path):
+    with pytest.raises(MissingError, match="Deep keeps no attribute n, which __init__ takes"): Deep(4).settings()
+    model = MultimodalModel({"A": Deep(4), "B": Deep(4)}, Symile())
+    model.save(tmp_path/"model.safetensors")
+    again = MultimodalModel.load(tmp_path/"model.safetensors", encoders={"A": Deep(4), "B": Deep(4)})
+    assert same(weights(model), weights(again))

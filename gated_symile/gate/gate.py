@@ -50,12 +50,13 @@ class ModalityGate(nn.Module):
         learned = learn_strength and alpha > -math.inf                     # an average with infinity would be NaN
         self.raw_strength = nn.Parameter(torch.tensor(-math.inf if open else alpha), requires_grad=learned)
         if open: self.requires_grad_(False)
+        own = f"{type(fit).__module__}.{type(fit).__qualname__}"
         self._settings = dict(key_dim=int(key_dim), weighting=weighting, null=bool(null), neutral=neutral,
-            fit=fit if isinstance(fit, str) else type(fit).__name__, renormalise=self.renormalise, strength=alpha,
-            temperature=T, learn_strength=bool(learn_strength), learn_temperature=bool(learn_temperature))
+            fit=fit if isinstance(fit, str) else own, renormalise=self.renormalise, strength=alpha, temperature=T,
+            learn_strength=bool(learn_strength), learn_temperature=bool(learn_temperature))
 
     def settings(self) -> dict[str, object]: # name -> what JSON can hold (Python's, which knows infinity)
-        "What it was made with, resolved: initial strength and temperature; of a module of one's own its class."
+        "What it was made with, resolved: initial strength and temperature; of a module of one's own module and class."
         return dict(self._settings)
 
     def extra_repr(self): return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
@@ -142,6 +143,8 @@ class ModalityGate(nn.Module):
     def _asks(self, candidates, targets):
         "`Asks` of some targets."
         asked, null = self.fit.ask(candidates, targets)
+        if null is None and self._settings["null"]:
+            raise DtypeError(f"fit: {type(self.fit).__name__}.ask gives no NULL logits, which null=True asks for")
         null = asked.new_full(asked.shape[:2], -math.inf) if null is None else null / self.temperature()
         return Asks(candidates, asked, null[:, None, None].expand(-1, 1, 1, candidates.shape[1]))
 
