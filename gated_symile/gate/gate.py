@@ -115,8 +115,8 @@ class ModalityGate(nn.Module):
         present:Tensor|None=None, # bool `(B, M)`: which modalities exist
     ) -> tuple[Queries, Asks]: # for `batch_scores`
         "What all targets need of a batch, computed once."
-        everyone = list(range(self.n_modalities))
-        return self._queries(embeddings, everyone, present), self._asks(torch.stack(embeddings), everyone)
+        everyone, candidates = list(range(self.n_modalities)), torch.stack(embeddings) # first: gradients add up so
+        return self._queries(embeddings, everyone, present), self._asks(candidates, everyone)
 
     def batch_scores(self,
         queries:Queries, # as from `batch`
