@@ -10,6 +10,7 @@ from pathlib import Path
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
+WARNING = re.compile(r"^/\S+:\d+: (\w*Warning: .*)\n(?:  .*\n)?", re.M)     # a warning, without its place
 
 
 def drop_orphans(package=ROOT/"gated_symile"):
@@ -27,6 +28,8 @@ def execute(path):
     nb.metadata.pop("widgets", None)
     NotebookClient(nb, kernel_name="python3", coalesce_streams=True,
                    resources={"metadata": {"path": path.parent}}).execute()
+    for out in (out for cell in nb.cells for out in cell.get("outputs", [])):
+        if out.get("name") == "stderr": out["text"] = WARNING.sub(r"\1\n", out["text"])
     nbformat.write(nb, path)
 
 
