@@ -243,6 +243,8 @@ def test_compiled_to_machine_code(holes, two_threads):
     "Large enough for two threads, whose scattered additions make the compiler of PyTorch 2.13 write beyond its memory."
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler: torch.compile has nothing to compile with")
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("PyTorch 2.13 writes C++ that doesn't compile where there are no vector instructions")
     torch._dynamo.reset()
     objective, e, present = bare(B=64, D=128, holes=holes, key_dim=128)
     compiled = torch.compile(objective, fullgraph=True)
