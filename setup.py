@@ -25,11 +25,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["gated_symile", "gated_symile.*"]),
-    package_data={"gated_symile": ["py.typed", "data/mfeat.npz", "data/mfeat.md"]},
+    package_data={"gated_symile": ["py.typed", "data/*.npz", "data/*.md"]},
     python_requires=f">={cfg['min_python']}",
     entry_points={"nbdev": ["gated_symile = gated_symile._modidx:d"]},      # where nbdev finds a name's source and page
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "sweep")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split()
+                    for extra in ("imaging", "tables", "text", "dev", "sweep")},
     long_description=readme,
     long_description_content_type="text/markdown",
 )
