@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 import gated_symile.objectives.base as objectives_base
+import gated_symile.runs.plan as plan_module
 import gated_symile.runs.record as record_module
 import gated_symile.runs.run as run_module
 import gated_symile.runs.spec as spec_module
@@ -23,7 +24,7 @@ from gated_symile import (audit, generator, load_tabular, MultimodalModel, retri
                           DataError, DtypeError, MissingError, OutputError, RangeError, ShapeError, UnknownNameError)
 from gated_symile.core import GatedSymileError
 from gated_symile.objectives.base import registered
-from gated_symile.runs.plan import collect, parts_to_do, Plan, progress_table, run_part
+from gated_symile.runs.plan import collect, part_file, parts_to_do, Plan, planned, progress_table, run_part
 from gated_symile.runs.record import (load_run, open_folder, rank_files, read_record, run_all, run_file, save_run,
                                       weights_file)
 from gated_symile.runs.run import run_one, split_data
@@ -574,10 +575,34 @@ def test_a_damaged_file_is_run_again(tmp_path):
     for file, content in ((weights, b""), (weights, whole[:-1]), (weights, whole[:100]), (lines, b""),
                           (lines, lines.read_bytes()[:-9])):
         file.write_bytes(content)
-        again = run_all([spec], tmp_path, progress=False)
+        with pytest.warns(UserWarning, match=f"{re.escape(file.name)}.*; it counts as not run"):
+            again = run_all([spec], tmp_path, progress=False)
         assert len(load_run(weights).queries) == 2 and len(read_record(lines)) == len(results)
         found = [table.query("metric == 'top1'")["value"].tolist() for table in (results, again)]
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-9], lambda whole: whole[:50]])
+def test_a_damaged_file_of_a_sweep_is_told_and_run_again(damage, tmp_path, monkeypatch):
+    small = dict(epochs=1, dim=8) | {"encoder_options.width": 8}
+    plan = Plan(space={"learning_rate": {"choice": [0.01]}}, base=small, stages=dict(
+        tuning=dict(objectives=["Symile"], data=["mfeat"], p=[0, 1], seeds=[100], draws=1)))
+    part, where = (plan, "tuning", "mfeat", "Symile"), dict(out=tmp_path/"out", record=tmp_path/"record")
+    first = run_part(*part, **where, progress=False)
+    ran, really = [], plan_module.run_planned
+    monkeypatch.setattr(plan_module, "run_planned", lambda run: ran.append(run.spec.p) or really(run))
+    lines, whole = run_file(where["out"], planned(*part)[0].spec), part_file(where["out"], *part[1:])
+    lines.write_bytes(damage(lines.read_bytes()))
+    told = dict(expected_warning=UserWarning, match=f"{lines.name} can't be read.*; it counts as not run")
+    with pytest.warns(**told): assert set(collect(plan, "tuning", **where)["p"]) == {1}
+    with pytest.warns(**told): again = run_part(*part, **where | {"record": tmp_path/"other"}, progress=False)
+    assert ran == [0.] and (again["metric"] == first["metric"]).all()
+    top1 = [table.query("metric == 'valid_top1'")["value"].tolist() for table in (first, again)]
+    assert top1[0] == top1[1] and len(read_record(lines)) == len(first) // 2
+    whole.write_bytes(damage(whole.read_bytes()))                       # the part's own file: made again of its runs
+    with pytest.warns(UserWarning, match=f"{whole.name} can't be read"):
+        assert parts_to_do(plan, "tuning", **where) == [("mfeat", "Symile")]
+    assert not whole.exists()
 
 
 def test_an_interrupted_part_of_a_sweep_is_not_recorded(tables, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ __all__ = ['RANGES', 'draw_settings', 'as_spec', 'PlannedRun', 'Stage', 'Plan', 
 # %% ../../nbs/api/runs/plan.ipynb #bf1b8c36
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from ..core import check_name, check_range, whole_file, DataError, DtypeError, MissingError
 from ..objectives.base import registered
-from .record import as_record, open_folder, read_record, run_file, write_record
+from .record import as_record, open_folder, read_record, run_file, write_record, COLUMNS
 from .run import run_one
 from .spec import as_list, label, load_plugins, options_of, plain, RunSpec
 from ..training import fit
@@ -274,10 +275,18 @@ def part_name(
 def part_file(out, stage, data, objective): return Path(out)/"parts"/stage/f"{part_name(data, objective)}.parquet"
 def choice_file(out, data, objective): return Path(out)/"chosen"/f"{part_name(data, objective)}.json"
 
+def _read_made(file):
+    "A record in `out`, as `read_record`; a damaged one counts as not made, and is told."
+    try: return read_record(file)
+    except DataError as error:
+        warnings.warn(f"{error}; it counts as not run", stacklevel=3)
+        return pd.DataFrame(columns=COLUMNS)
+
 def _lines_in(run, record, out):
     "The lines of a run from a record, or else from its file in `out`, or `None`."
-    for table in (record, read_record(run_file(out, run.spec))):
-        if len(lines := lines_of([run], table)): return lines
+    lines = lines_of([run], record)
+    if not len(lines): lines = lines_of([run], _read_made(run_file(out, run.spec)))
+    return lines if len(lines) else None
 
 # %% ../../nbs/api/runs/plan.ipynb #5a43e17d
 def run_part(
@@ -316,7 +325,7 @@ def write_choice(
     "Choose from the tuning in `out`, or else in `record`; errors of `choose` and `open_folder`."
     plan = Plan.load(plan)
     out = open_folder(out, *plan.own_data)
-    made = read_record(part_file(out, "tuning", data, objective))
+    made = _read_made(part_file(out, "tuning", data, objective))
     chosen = choose(plan, made if len(made) else read_record(Path(record)/"tuning.parquet"), data, objective)
     with whole_file(choice_file(out, data, objective)) as file: file.write(json.dumps(chosen, indent=2).encode())
     return chosen
@@ -354,6 +363,6 @@ def parts_to_do(
         if part.recorded == part.planned: continue
         todo.append(pair := (part.data, part.objective))
         file, runs = part_file(out, stage, *pair), runs_of(plan, stage, *pair, tuning)
-        if runs is not None and not all(recorded(runs, read_record(file))): file.unlink(missing_ok=True)
+        if runs is not None and not all(recorded(runs, _read_made(file))): file.unlink(missing_ok=True)
     if todo: (out/"collected"/stage).unlink(missing_ok=True)
     return todo

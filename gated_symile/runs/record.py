@@ -135,9 +135,11 @@ def save_run(
 
 # %% ../../nbs/api/runs/record.ipynb #d8f0a9a7
 def _is_finished(out, spec):
-    "Whether both files of a run are there and whole."
+    "Whether both files of a run are there and whole; a damaged one is told."
     try: return bool(read_about(weights_file(out, spec))) and len(read_record(run_file(out, spec))) > 0
-    except (FileNotFoundError, DataError): return False
+    except FileNotFoundError: pass
+    except DataError as error: warnings.warn(f"{error}; it counts as not run", stacklevel=3)
+    return False
 
 def run_all(
     specs:Iterable[RunSpec], # what to run, as from `make_specs`; at least one
