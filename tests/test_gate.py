@@ -279,6 +279,20 @@ def test_differentiated_twice():
         assert torch.autograd.gradgradcheck(lambda *e: gate.scores(list(e), target, present), embeddings)
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_loss_target_by_target_differentiated_twice(holes, monkeypatch):
+    "As with all targets together, from parameters and embeddings alike."
+    objective, e, present = bare(holes=holes, null=True)
+    leaves, found = [*e, *(p for p in objective.parameters() if p.requires_grad)], []
+    for together in (2**15, 0):
+        monkeypatch.setattr(gated_symile.objectives.gated, "TOGETHER", together)
+        slopes = torch.autograd.grad(objective(e, present), leaves, create_graph=True, allow_unused=True)
+        total = sum(slope.square().sum() for slope in slopes if slope is not None)
+        second = torch.autograd.grad(total, leaves, allow_unused=True)
+        found.append(torch.cat([x.flatten() for x in (*slopes, *second) if x is not None]).detach())
+    assert_same(found[1], found[0], 1e-5)
+
+
 class Agreement(torch.nn.Module):
     "Whoever points where the candidate points is believed."
     def ask(self, candidates, targets): return candidates, None

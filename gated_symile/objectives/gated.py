@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..contrastive import contrasted, mean_over_targets, valid_info_nce
 from ..gate.factorised import Asks, Queries
@@ -32,19 +31,23 @@ class _OneByOne(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*output[1:])
+        ctx.losses, *shared = inputs
+        ctx.save_for_backward(*shared, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    @once_differentiable # the gradient is a number by now
     def backward(ctx, upstream, *_):
-        return None, *(upstream * grad for grad in ctx.saved_tensors)
+        n = len(ctx.saved_tensors) // 2
+        shared, grads = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if torch.is_grad_enabled(): # to be differentiated again: the numbers at hand won't do
+            grads = torch.func.grad(lambda *x: sum(loss(*x) for loss in ctx.losses), tuple(range(n)))(*shared)
+        return None, *(upstream * grad for grad in grads)
 
 def accumulate(
     losses:list[Callable[..., Tensor]], # functions of the shared tensors, differentiable by nothing else: a scalar each
     *shared:Tensor, # floating tensors that they are computed from
 ) -> Tensor: # the sum, a scalar
-    "Sum of losses of which only one at a time is in memory; can be differentiated once."
+    "Sum of losses of which only one at a time is in memory, but where its gradient is to be differentiated again."
     if torch.is_grad_enabled(): return _OneByOne.apply(losses, *shared)[0]
     return sum(loss(*shared) for loss in losses)
 
@@ -87,7 +90,8 @@ class GatedSymile(Objective):
         if torch.compiler.is_compiling() or B*B <= TOGETHER:
             logits = self.gate.batch_scores(queries, asks, scale=self.logit_scale())
             return mean_over_targets(lambda t: logits[t], M, present)
-        counted, total = contrasted(present), M if present is None else (present.sum(0) > 1).sum()
+        counted = contrasted(present)
+        total = M if counted is None else counted.sum()
         def loss(t, scale, *parts): # of queries what is differentiable, then of asks
             rows, candidates = Queries(*parts[:-len(asks)], queries.here), Asks(*parts[-len(asks):])
             logits, = self.gate.batch_scores(rows, candidates, t, scale)
