@@ -150,6 +150,7 @@ def _in_blocks(of_rows, *inputs):
         for all_rows, x in zip(whole, rows): all_rows[..., at, :] = x
     return *whole, *totals
 
+# %% ../../nbs/api/gate/factorised.ipynb #4401b7a9
 class _GatedScores(torch.autograd.Function):
     "Weights `(T, M-1, B, N)`, which the backward pass needs, and scores `(T, B, N)`."
     generate_vmap_rule = True
