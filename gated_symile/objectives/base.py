@@ -130,6 +130,7 @@ def registered() -> dict[str, type[Objective]]: # name -> class, in the order of
     "The objectives that are known."
     return dict(_REGISTRY)
 
+# %% ../../nbs/api/objectives/base.ipynb #ef9b8377
 def make_objective(
     name:str, # one of those `registered`, such as `"Symile"`
     n_modalities:int, # M
