@@ -77,7 +77,8 @@ class PlannedRun:
 
 # %% ../../nbs/api/runs/plan.ipynb #14d5eca1
 def _known(cls, what, given):
-    "`cls(**given)`, if all names are known."
+    "`cls(**given)`, if all names are known; `given` itself, if it is one already."
+    if isinstance(given, cls): return given
     if not isinstance(given, dict): raise DtypeError(f"{what} must be a mapping, got {given!r}")
     for name in given: check_name(what, name, [f.name for f in fields(cls)])
     return cls(**given)
@@ -132,8 +133,7 @@ class Plan:
 
     def __post_init__(self):
         load_plugins(self.plugins)
-        def stage(name, given): return given if isinstance(given, Stage) else _known(Stage, f"stages.{name}", given)
-        stages = {name: stage(name, given) for name, given in self.stages.items()}
+        stages = {name: _known(Stage, f"stages.{name}", given) for name, given in self.stages.items()}
         object.__setattr__(self, "stages", stages)
         check_name("stages", "tuning", stages)
         for name, stage in stages.items():
@@ -151,8 +151,7 @@ class Plan:
         plan:"str|Path|dict|Plan", # a YAML file, or what would be in it
     ) -> "Plan": # the plan
         "Read and check a plan; `UnknownNameError`, `DataError` where tuning seeds are reported or one comes twice."
-        if isinstance(plan, Plan): return plan
-        if isinstance(plan, dict): return _known(cls, "plan", plan)
+        if not isinstance(plan, (str, Path)): return _known(cls, "plan", plan)
         import yaml # comes with papermill and Snakemake; the library itself does without
         return _known(cls, str(plan), yaml.safe_load(Path(plan).read_text(encoding="utf-8")))
 

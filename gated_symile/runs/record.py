@@ -59,9 +59,8 @@ def as_record(
     variant:str="as given", # name of its settings within the stage
 ) -> pd.DataFrame: # columns `COLUMNS`
     "The lines of a run, with all that they come from."
-    spec = run.spec
-    about = dict(stage=stage, data=label(spec.data), variant=variant)
-    about |= {name: getattr(spec, name) for name in ("objective", "p", "seed")}
+    spec, about = run.spec, dict(stage=stage, variant=variant)
+    about |= dict(data=label(spec.data), objective=spec.objective, p=spec.p, seed=spec.seed)
     origin = dict(spec=spec.json, digest=spec.digest, versions=json.dumps(code_versions()), commit=code_commit())
     return run.lines.assign(**about, **origin)[COLUMNS]
 
@@ -163,6 +162,7 @@ def run_all(
             write_record(pd.concat(tables, ignore_index=True), folder/"results.parquet")
     return tables[-1] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/api/runs/record.ipynb #028bc39a
 def save_figures(
     figures:dict[str, Figure], # file name without ending -> figure
     out:str|Path, # folder of results
@@ -194,6 +194,14 @@ def measured(
     return lines.groupby(keys, sort=False, as_index=False).agg(**over)
 
 # %% ../../nbs/api/runs/record.ipynb #ee249b36
+def _with_something(rows):
+    "The rows in which a modality is present; the others are told."
+    if rows.present is None or (some := rows.present.any(1)).all(): return rows
+    empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
+    these = ", ".join(empty[:5]) + " ..." * (len(empty) > 5)
+    warnings.warn(f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {these}", stacklevel=3)
+    return rows[some]
+
 @dataclass(frozen=True)
 class SavedRun:
     "A model from a file, and what is known of its training."
@@ -203,8 +211,7 @@ class SavedRun:
     target = property(lambda self: self.about["spec"]["target"], doc="The modality to be found.")
     queries = property(lambda self: self.about["spec"]["queries"], doc="The modalities to find it by.")
     def __repr__(self):
-        spec = self.about["spec"]
-        queries = ", ".join(map(repr, self.queries))
+        spec, queries = self.about["spec"], ", ".join(map(repr, self.queries))
         return f"SavedRun({spec['objective']}, seed {spec['seed']}: finds {self.target!r} by {queries})"
 
     def read(self,
@@ -220,13 +227,7 @@ class SavedRun:
             wanted, hint = ", ".join(map(repr, names)), "name those there are (`names`, of the template `queries`)"
             raise MissingError(f"data lacks a modality of {wanted} ({error}); the model can go without some of those "
                                f"it asks by: {hint}") from error
-        if rows.present is not None and not (some := rows.present.any(1)).all():
-            empty = [str(row if rows.ids is None else rows.ids[row]) for row in (~some).nonzero().flatten().tolist()]
-            these = ", ".join(empty[:5]) + " ..." * (len(empty) > 5)
-            said = f"read: {len(empty)} of {len(rows)} rows hold nothing and are left out: {these}"
-            warnings.warn(said, stacklevel=2)
-            rows = rows[some]
-        self.model.check(rows, names)
+        self.model.check(rows := _with_something(rows), names)
         return rows
 
 # %% ../../nbs/api/runs/record.ipynb #ac9c5e7d
