@@ -11,7 +11,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .contrastive import contrasted, mean_counted
 from .product import dvs, mip
@@ -121,6 +120,11 @@ def cube_slopes(
 def _(slopes, xyz, found): return [torch.empty_like(e) for e in xyz]
 
 # %% ../nbs/api/cube.ipynb #57fb0101
+def _whole_cube(x, y, z):
+    "Log-sum-exp of the cube over all axes but each, for autograd to differentiate as often as wanted."
+    cube = torch.einsum("id,jd,kd->ijk", x, y, z)
+    return tuple(cube.logsumexp(axes) for axes in ((1, 2), (0, 2), (0, 1)))
+
 class _CubeLogSums(torch.autograd.Function):
     "`cube_log_sums` with its gradient."
     @staticmethod
@@ -132,9 +136,10 @@ class _CubeLogSums(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v_x, v_y, v_z, *_):
         x, y, z, *found = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): # to be differentiated again
+            return torch.func.vjp(_whole_cube, x, y, z)[1]((v_x, v_y, v_z))
         return tuple(cube_slopes([v_x, v_y, v_z], [x, y, z], found))
 
 # %% ../nbs/api/cube.ipynb #bb399cce
