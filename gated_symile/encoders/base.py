@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TypeVar
 
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import DtypeError, MissingError, ShapeError, UnknownNameError
 
@@ -59,6 +60,8 @@ class Frozen(nn.Module):
         super().__init__()
         self.network, self.head = network.eval().requires_grad_(False), head
         if hasattr(head, "dim"): self.dim = head.dim
+        for module in network.modules():                                 # or `fit` would estimate its statistics anew
+            if isinstance(module, _BatchNorm): module.track_running_stats = False
 
     def forward(self,
         x:Tensor, # what the network takes

@@ -109,7 +109,8 @@ class EmbeddedMLP(Encoder):
         self.in_features, self.dim = check_whole("in_features", in_features, 1), check_whole("dim", dim, 1)
         self.embedding = check_name("embedding", embedding, ["piecewise", "periodic"])
         self.embedding_dim, self.options = check_whole("embedding_dim", embedding_dim, 1), dict(options or {})
-        self.bins = bins if isinstance(bins, int) else [[float(edge) for edge in edges] for edges in bins]
+        by_hand = isinstance(bins, (list, tuple))
+        self.bins = [[float(e) for e in edges] for edges in bins] if by_hand else check_whole("bins", bins, 2)
         self.numbers = self._embeddings(_rtdl())
         self.mlp = MLP(self.in_features*self.embedding_dim, dim, width, depth, dropout=dropout)
         self.width, self.depth, self.dropout = self.mlp.width, self.mlp.depth, self.mlp.dropout
