@@ -18,7 +18,7 @@ from ..core import DtypeError, MissingError, ShapeError, UnknownNameError
 # %% ../../nbs/api/encoders/base.ipynb #e129e23a
 class Encoder(nn.Module):
     "A module that can say how it was made; a base, or a mixin before another module's class."
-    standardise:str|None = "columns" # how its rows are standardised, where nobody says otherwise
+    standardise:str|None # how its rows are standardised, where it says so; else their shape decides
     holes:bool = False # whether it wants single missing values as NaN, instead of the mean
 
     def settings(self) -> dict: # name -> value
