@@ -19,6 +19,7 @@ from .mlp import MLP
 # %% ../../nbs/api/encoders/tables.ipynb #b89a6554
 class ResidualMLP(Encoder):
     "A linear map plus an MLP that starts at zero; the errors of `MLP`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -51,6 +52,7 @@ def _with_mask(x):
 
 class MaskedMLP(Encoder):
     "Values and a mask of their holes (Gated Symile, union input), through blocks; `RangeError`, `DtypeError`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -94,6 +96,7 @@ def normal_bins(
 # %% ../../nbs/api/encoders/tables.ipynb #82cd806d
 class EmbeddedMLP(Encoder):
     "Each number as a vector, then an MLP; `MissingError` without the extra `tables`, `UnknownNameError`, `ShapeError`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
