@@ -19,10 +19,12 @@ from .dataset import MultimodalDataset, checked_names
 def packaged_arrays(
     file:str, # the file's name without its ending: `"cells"`
     names:Sequence[str]|None=None, # which arrays; `None`: all
+    also:Sequence[str]=(), # and which, where they are there
 ) -> dict[str, np.ndarray]: # as they are stored
     "Named arrays of a file of the package; `UnknownNameError` lists what it holds."
     with (files("gated_symile.data")/f"{file}.npz").open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-        return {name: stored[check_name("array", name, stored.files)] for name in (names or stored.files)}
+        wanted = stored.files if names is None else [*names, *(name for name in also if name in stored.files)]
+        return {name: stored[check_name("array", name, stored.files)] for name in wanted}
 
 def packaged_text(
     file:str, # the file's name without its ending: `"cells"`
@@ -38,8 +40,9 @@ def packaged_dataset(
     change:Callable|None=None, # `(name, array, columns) -> (array, columns)`, such as a logarithm
 ) -> MultimodalDataset: # with ids and columns, where the file has them; NaN is missing
     "Modalities of a packaged file; `UnknownNameError` for one that isn't in `known`."
-    stored, modalities, columns = packaged_arrays(file), {}, {}
-    for name in checked_names(names, list(known)):
+    names, modalities, columns = checked_names(names, list(known)), {}, {}
+    stored = packaged_arrays(file, names, ["id", *(f"columns_{name}" for name in names)])
+    for name in names:
         x, its = stored[name].astype(np.float32), stored.get(f"columns_{name}")
         x, its = change(name, x, its) if change else (x, its)
         modalities[name] = torch.from_numpy(x)
