@@ -21,8 +21,8 @@ def _pictures(name, x, columns):
 
 def emoji(
     names:tuple[str, ...]=("image", "glyph", "en"), # which modalities, in this order; all are in `EMOJI_MODALITIES`
-    flat:bool=True, # whether a picture is a row of numbers, as an MLP wants it: 1728 and 576
-) -> MultimodalDataset: # 1377 characters; image 0 to 255, glyph 0 to 255, words 0 or 1, with ids and columns
+    flat:bool=False, # a picture as a row of numbers, as an MLP wants it, `(1377, 1728)` and `(1377, 576)`, float32
+) -> MultimodalDataset: # image uint8 `(1377, 3, 24, 24)`, glyph `(1377, 1, 24, 24)`, both 0 to 255; words 0 or 1
     "Emoji (Noto, Symbola, Unicode CLDR 41); NaN where a font or a language has none. `UnknownNameError`."
     return packaged_dataset("emoji", names, EMOJI_MODALITIES, None if flat else _pictures)
 
