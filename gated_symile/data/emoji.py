@@ -27,6 +27,7 @@ def emoji(
     return packaged_dataset("emoji", names, EMOJI_MODALITIES, None if flat else _pictures)
 
 # %% ../../nbs/api/data/emoji.ipynb #7ee0e34c
-def emoji_about() -> dict[str, list[str]]: # `character`, `name`, `group`, `subgroup`: a list each, in the order of the rows
+def emoji_about() -> dict[str, list[str]]: # `character`, `name`, `group`, `subgroup`, in the order of the rows
     "The characters themselves, their English names, and the groups that Unicode puts them in: labels, not modalities."
-    return {what: x.tolist() for what, x in packaged_arrays("emoji", ["character", "name", "group", "subgroup"]).items()}
+    stored = packaged_arrays("emoji", ["character", "name", "group", "subgroup"])
+    return {what: x.tolist() for what, x in stored.items()}

@@ -22,7 +22,7 @@ def synthetic_xor(
     n_bits:int=16, # bits of each modality; there are `2**n_bits` different rows of A
     generator:torch.Generator|None=None, # CPU generator
     p_hat:float=1., # probability that a row's A is the exclusive or of the rest; else it is a copy of B
-) -> MultimodalDataset: # modalities `(rows, n_bits)` of zeros and ones; with p_hat = 1 each is the exclusive or of the rest
+) -> MultimodalDataset: # modalities `(rows, n_bits)`, 0 or 1; with p_hat = 1 each is the exclusive or of the rest
     "Synthetic-XOR (Saporta et al. 2024, section 5.1, for any M); `RangeError` or `DtypeError` for what can't be."
     check_whole("rows", rows, 1, 2**31); check_whole("n_modalities", n_modalities, 2, 26)
     check_whole("n_bits", n_bits, 1, 2**20); check_range("p_hat", p_hat, 0, 1)

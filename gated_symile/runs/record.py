@@ -211,7 +211,7 @@ class SavedRun:
         return load_known(data, names, **own)
 
     def read(self,
-        data:str|Path|list, # the name of a packaged set, such as `"mfeat"`, or a path to an `.npz` file, a folder or a list of tables
+        data:str|Path|list, # a packaged set: `"mfeat"`; or a path to an `.npz` file, a folder or a list of tables
         names:str|list[str]|None=None, # the modalities to read, such as those to ask by; `None`: all that the model has
         id:str|None=None, # for tables: the column that names the rows; `None`: as in training
     ) -> MultimodalDataset: # raw; rows in which none of these modalities is present are left out

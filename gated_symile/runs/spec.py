@@ -176,7 +176,8 @@ def open_source(
     A name goes before a folder of the same name, which is told; `"./cells"` is the folder."""
     if data in KNOWN:
         if Path(data).exists():
-            warnings.warn(f"data: {data!r} is the library's data set; what lies here by that name is './{data}'", stacklevel=2)
+            said = f"data: {data!r} is the library's data set; what lies here by that name is './{data}'"
+            warnings.warn(said, stacklevel=2)
         return _known_source(data)
     if isinstance(data, str) and not Path(data).suffix and not Path(data).exists():
         if Path(data).name != data: raise UnknownNameError(f"data: there is no file or folder {data!r}")
