@@ -295,7 +295,7 @@ def main(names, packages, write):
         if file.exists():
             with np.load(file, allow_pickle=False) as stored: packaged = {key: stored[key] for key in stored.files}
         found = list(differences(made, packaged))
-        print(f"{file.name}: {len(made)} arrays,", "\n  ".join(["", *found]) if found else "all as packaged", flush=True)
+        print(f"{file.name}: {len(made)} arrays,", "\n  ".join(["", *found]) if found else "all as packaged")
         said += len(found)
         if write and found:
             whole = file.with_suffix(".new.npz")
