@@ -131,6 +131,30 @@ def test_pictures_words_and_a_table_learn_together():
     assert torch.equal(loss(absent), whole)
 
 
+def test_bytes_token_ids_and_holes_are_trained_on_as_they_are(tmp_path):
+    "Pictures by channel, ids untouched, holes in sight: chosen by the encoders, and the same after loading."
+    torch.manual_seed(0)
+    draws, kind = generator(1), torch.arange(64) % 4
+    pictures = torch.randint(60, (64, 3, 8, 8), generator=draws, dtype=torch.uint8)
+    pictures[torch.arange(64), kind % 3] += 40 * kind[:, None, None].byte()
+    table = torch.randn(64, 5, generator=draws) + kind[:, None]
+    data = MultimodalDataset({"picture": pictures, "words": torch.stack([kind + 1, 5 + kind % 2], 1),
+                              "table": table.masked_fill(torch.rand(64, 5, generator=draws) < 0.2, torch.nan)})
+    encoders = {"picture": SmallCNN(DIM, widths=[8]), "words": BagOfTokens(8, DIM, 16),
+                "table": MaskedMLP(5, DIM, [16])}
+    model, seen = MultimodalModel(encoders, Symile()), {}
+    for name, encoder in encoders.items():
+        encoder.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+    fit(model, data, data, target="picture", epochs=1, batch_size=32, seed=0, progress=False)
+    model.embed(data)
+    assert seen["picture"].is_floating_point() and seen["picture"].mean((0, 2, 3)).abs().max() < 1e-3
+    assert torch.equal(seen["words"], data.modalities["words"])
+    assert torch.equal(seen["table"].isnan(), data.modalities["table"].isnan())
+    model.save(tmp_path/"m.safetensors")
+    again = MultimodalModel.load(tmp_path/"m.safetensors")
+    assert all(torch.equal(x, y) for x, y in zip(again.embed(data), model.embed(data)))
+
+
 # Names
 
 def test_a_name_of_the_library_is_never_taken():
