@@ -19,8 +19,8 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import nn, Tensor
 
-from .core import (check_finite, check_name, check_present, check_whole, fill_missing, unit, whole_file,
-                               DataError, DtypeError, GatedSymileError, MissingError, ShapeError)
+from .core import (check_finite, check_name, check_present, check_whole, fill_missing, unit, upcast,
+                               whole_file, DataError, DtypeError, GatedSymileError, MissingError, ShapeError)
 from .data.dataset import column_moments, MultimodalDataset
 from .encoders import ENCODERS
 from .objectives.base import make_objective, registered
@@ -217,13 +217,14 @@ class MultimodalModel(nn.Module):
         name:str, # which modality
         x:Tensor, # its rows, as they were read
         present:Tensor|None=None, # bool `(rows,)`: which rows have it; `None`: all
-    ) -> Tensor: # `(rows, D)`, unit rows; those of absent rows mean nothing
+    ) -> Tensor: # `(rows, D)`, unit rows, unless the objective wants them as they are; absent ones mean nothing
         "Embeddings of one modality; `UnknownNameError`, `ShapeError`, `NonFiniteError` for what no mean can fill."
         encoder = self.encoders[_key(check_name("modality", name, self.names))]
         x = fill_missing(x if self.standardiser is None else self.standardiser(name, x), present)
         check_finite(x, f"modality {name!r}")
         dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
-        return unit(encoder(x.to(dtype) if x.is_floating_point() else x))
+        encoded = encoder(x.to(dtype) if x.is_floating_point() else x)
+        return unit(encoded) if getattr(self.objective, "directions", True) else upcast(encoded)
 
     def loss(self,
         batch:dict[str, Tensor]|MultimodalDataset, # as for `forward`, the same rows in each modality
@@ -404,7 +405,8 @@ def _faults(model, saved, state):
     wrong = _settings_differ("the objective", saved["objective"], here["objective"])
     for name, a, b in zip(saved["names"], saved["encoders"], here["encoders"]):
         wrong += _settings_differ(f"the encoder of {name!r}", a, b)
-    own, state = ({key: tuple(x.shape) for key, x in weights.items() if not key.startswith("standardiser.")}
+    learnt = "standardiser.", *["objective."]*("closed form" in getattr(model.objective, "capabilities", ()))
+    own, state = ({key: tuple(x.shape) for key, x in weights.items() if not key.startswith(learnt)}
                   for weights in (model.state_dict(), state))
     wrong += [f"{key} is missing in the file" for key in own if key not in state]
     wrong += [f"{key} is not in the model" for key in state if key not in own]

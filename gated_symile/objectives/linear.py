@@ -19,7 +19,7 @@ def principal_components(
     x:Tensor, # rows `(n, D)` with mean 0
     most:int, # how many at most
 ) -> Tensor: # `(k, D)`, orthonormal, that of the largest variance first; those without any are left out
-    "Directions in which rows differ most: eigenvectors of `x.T @ x`, or by way of `x @ x.T` where that is smaller."
+    "Directions in which rows differ most: eigenvectors of `x.T @ x`, or by `x @ x.T` where that is smaller."
     wide = x.shape[1] > x.shape[0]
     variance, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)            # ascending
     kept = (variance > 1e-10 * variance[-1].clamp(min=1e-300)).nonzero().flatten().flip(0)[:most]
@@ -33,7 +33,7 @@ def ridge_by_validation(
     rows:float, # how many rows these come from
     ridge:float|None=None, # what is added to the variance of each query, in units of the mean one; `None`: by GCV
 ) -> tuple[Tensor, Tensor]: # coefficients `(K, k)`, and the covariance of what is left over in a new row `(k, k)`
-    "Ridge regression, its strength chosen for each component by generalised cross-validation (Golub et al. 1979)."
+    "Ridge regression, its strength chosen by generalised cross-validation for each component (Golub 1979)."
     e, vectors = torch.linalg.eigh(xx)
     e, w = e.clamp(min=0), vectors.T @ xz                                          # (K,), (K, k)
     grid = torch.logspace(-6, 6, 49).to(e) if ridge is None else e.new_tensor([ridge])
@@ -72,12 +72,12 @@ def _sums(z, slot, kinds, of):
     return counts, sums, products
 
 def _kinds(present, most):
-    "Kinds of rows by what is present `(P, M)`, at most so many, and that of each row; -1 where it contains none."
+    "Kinds of rows by what is present `(P, M)`, at most so many, and each row's; -1 where it contains none."
     kinds, of, counts = present.unique(dim=0, return_inverse=True, return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     kinds, of = kinds[order], order.argsort()[of]
     if len(kinds) <= most: return kinds, of
-    inside = (kinds[None, :most] <= kinds[:, None]).all(2)                         # (P, most): kept ones contained in it
+    inside = (kinds[None, :most] <= kinds[:, None]).all(2)                         # (P, most): which it contains
     widest = (inside * kinds[:most].sum(1)).argmax(1)
     where = torch.where(inside.any(1), widest, -1)
     where[:most] = torch.arange(most, device=where.device)
@@ -198,7 +198,8 @@ class LinearGaussian(Objective):
     def _load_from_state_dict(self, state, prefix, *args):
         "What was learnt elsewhere takes the place of what is known, whatever its sizes."
         self._known.clear()
+        learnt = any(prefix + name in state for name in _STATE)                    # all of it, or it's no such state
         for name in _STATE:
-            if prefix + name in state: self.register_buffer(name, torch.empty_like(state[prefix + name]))
+            if learnt: self.register_buffer(name, torch.empty_like(state.get(prefix + name, torch.empty(0))))
             else: self._buffers.pop(name, None)
         super()._load_from_state_dict(state, prefix, *args)
