@@ -36,10 +36,10 @@ def embedding_views(
 # %% ../nbs/api/probe.ipynb #2d09a864
 def _labels(what, labels, rows):
     "A table of as many rows."
-    if isinstance(labels, Tensor): labels = labels.detach().cpu().numpy()
+    def plain(x): return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
     if isinstance(labels, pd.Series): labels = labels.to_frame(labels.name or "label")
-    if not isinstance(labels, (pd.DataFrame, dict)): labels = {"label": np.asarray(labels)}
-    if isinstance(labels, dict): labels = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in labels.items()}
+    if not isinstance(labels, (pd.DataFrame, dict)): labels = {"label": labels}
+    if isinstance(labels, dict): labels = {str(name): plain(values) for name, values in labels.items()}
     try: table = pd.DataFrame(labels).reset_index(drop=True)
     except ValueError as error: raise ShapeError(f"{what} must hold one value a row: {error}") from error
     if len(table) != rows: raise ShapeError(f"{what} must hold one value for each of {rows} rows, got {len(table)}")
@@ -66,21 +66,22 @@ def _fitted(probe, kind, x, y, seed):
     if probe == "linear" and kind == "number":
         return make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 6, 19))).fit(x, y)
     counts = np.unique(y, return_counts=True)[1] if kind == "class" else [len(y)]
-    folds = (StratifiedKFold if kind == "class" else KFold)(int(np.clip(min(counts), 2, 5)), shuffle=True, random_state=seed)
+    folds = StratifiedKFold if kind == "class" else KFold
+    folds = folds(int(np.clip(min(counts), 2, 5)), shuffle=True, random_state=seed)
     most = len(y) - -(-len(y) // folds.n_splits)                                      # rows that a fold is fitted to
     if probe == "linear":
-        model, name = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, tol=1e-3)), "logisticregression__C"
-        grid = np.logspace(-4, 1, 6)
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, tol=1e-3))
+        name, grid = "logisticregression__C", np.logspace(-4, 1, 6)
     else:
         model, name = (KNeighborsClassifier if kind == "class" else KNeighborsRegressor)(), "n_neighbors"
         grid = [k for k in (1, 3, 5, 10, 20, 50) if k <= most]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                               # a rare class; a fit not yet at rest
+        warnings.simplefilter("ignore")                                               # a rare class, a fit not at rest
         return GridSearchCV(model, {name: grid}, cv=folds).fit(x, y)
 
 # %% ../nbs/api/probe.ipynb #9cb0f3bd
 def _macro(scores, y, classes):
-    "A function from drawn rows `(R, n)` to the mean AUROC of each class against the rest `(R,)`, NaN where there is none."
+    "A function from drawn rows `(R, n)` to the mean AUROC `(R,)` of each class that is drawn against the rest."
     from scipy.stats import rankdata
     def areas(draws):
         rows, found = np.asarray(draws).astype(int), []
@@ -121,16 +122,20 @@ def _number_lines(model, x, y, resamples, seed):
 
 # %% ../nbs/api/probe.ipynb #40cb8acf
 PROBES = "linear", "knn"
-_COLUMNS = ["label", "view", "probe", "metric", "value", "low", "high", "chance", "n_train", "n_test", "unlabelled", "absent"]
+_COLUMNS = ["label", "view", "probe", "metric", "value", "low", "high", "chance", "n_train", "n_test", "unlabelled",
+            "absent"]
 
-def _check_probe(model, train, test, probes, kinds, labels):
-    "Parts that don't overlap; known words; the same labels in both."
+def _check_parts(train, test):
+    "Two data sets that share no row, as far as that can be told."
     for what, rows in (("train", train), ("test", test)):
         if not isinstance(rows, MultimodalDataset):
             raise DtypeError(f"{what} must be a MultimodalDataset, got {type(rows).__name__}")
     if train is test: raise DataError("test must be of other rows than train")
     if train.ids is not None and test.ids is not None and (both := set(train.ids) & set(test.ids)):
         raise DataError(f"train and test share {len(both)} rows, such as {sorted(map(str, both))[:3]}")
+
+def _check_words(probes, kinds, labels):
+    "Known words, and the same labels in both parts."
     for probe in probes: check_name("probes", probe, PROBES)
     for name, kind in kinds.items():
         check_name("kinds", name, labels[0].columns); check_name(f"kinds[{name!r}]", kind, ("class", "number"))
@@ -142,6 +147,29 @@ def _views_of(model, dataset):
     views = embedding_views(dict(zip(model.names, model.embed(dataset))), dataset.present)
     return {name: (x.numpy(), rows.numpy()) for name, (x, rows) in views.items()}
 
+def _pairs(view, labels, kind, what):
+    "Features and labels of the rows that have both, and how many lack the label, the view; `MissingError` for under 2."
+    (x, there), known = view, labels.notna().to_numpy()
+    rows = known & there
+    if rows.sum() < 2: raise MissingError(f"{what}: {rows.sum()} rows have the label and the view, at least 2 must")
+    y = labels[rows].to_numpy()
+    y = y.astype(float) if kind == "number" else y.astype(str) if y.dtype == object else y
+    return x[rows], y, (int((~known).sum()), int((known & ~there).sum()))
+
+def _probed(name, view, fitted, judged, labels, kind, probes, resamples, seed):
+    "Lines of one label and view."
+    x, y, n = _pairs(fitted, labels[0][name], kind, f"train_labels[{name!r}], {view}")
+    a, b, m = _pairs(judged, labels[1][name], kind, f"test_labels[{name!r}], {view}")
+    if kind == "class" and len(np.unique(y)) < 2:
+        raise MissingError(f"train_labels[{name!r}]: of {view} there is only the class {y[0]!r}")
+    about = dict(label=name, view=view, n_train=len(y), n_test=len(b), unlabelled=n[0] + m[0], absent=n[1] + m[1])
+    for word in probes:
+        model = _fitted(word, kind, x, y, seed)
+        lines = (_class_lines(model, a, b, y, resamples, seed) if kind == "class"
+                 else _number_lines(model, a, b, resamples, seed))
+        yield from ({**about, "probe": word, **line} for line in lines)
+
+# %% ../nbs/api/probe.ipynb #334723b1
 def probe(
     model:MultimodalModel, # trained; it is only asked
     train:MultimodalDataset, # rows that probes are fitted to, raw; those the model was trained on will do
@@ -153,35 +181,17 @@ def probe(
     kinds:dict[str, str]|None=None, # label -> `"class"` or `"number"`, where `label_kind` guesses wrong
     resamples:int=500, # of the bootstrap
     seed:int=0, # of folds and bootstrap
-) -> pd.DataFrame: # a line a label, view, probe and metric: value, interval, chance, and how many rows were used and not
+) -> pd.DataFrame: # a line a label, view, probe and metric: value, interval, chance; how many rows were used and not
     "Linear and nearest-neighbour probes of frozen embeddings; `MissingError` where nothing can be learnt, and others."
-    train_labels, test_labels = _labels("train_labels", train_labels, len(train)), _labels("test_labels", test_labels, len(test))
-    probes, kinds, lines = [probes] if isinstance(probes, str) else list(probes), kinds or {}, []
+    _check_parts(train, test)
+    labels = _labels("train_labels", train_labels, len(train)), _labels("test_labels", test_labels, len(test))
+    probes, kinds = [probes] if isinstance(probes, str) else list(probes), kinds or {}
     check_whole("resamples", resamples, 1); check_whole("seed", seed, 0)
-    _check_probe(model, train, test, probes, kinds, (train_labels, test_labels))
+    _check_words(probes, kinds, labels)
     fitted, judged = _views_of(model, train), _views_of(model, test)
     views = [views] if isinstance(views, str) else list(fitted if views is None else views)
     for view in views: check_name("views", view, fitted)
-    for name in train_labels:
-        kind = kinds.get(name) or label_kind(pd.concat([train_labels[name], test_labels[name]]))
-        for view in views:
-            x, y, n = _pairs(fitted[view], train_labels[name], kind, f"train_labels[{name!r}], {view}")
-            a, b, m = _pairs(judged[view], test_labels[name], kind, f"test_labels[{name!r}], {view}")
-            if kind == "class" and len(np.unique(y)) < 2:
-                raise MissingError(f"train_labels[{name!r}]: of {view} there is only the class {y[0]!r}")
-            about = dict(label=name, view=view, n_train=len(y), n_test=len(b), unlabelled=n[0] + m[0], absent=n[1] + m[1])
-            for word in probes:
-                fit = _fitted(word, kind, x, y, seed)
-                found = (_class_lines(fit, a, b, y, resamples, seed) if kind == "class"
-                         else _number_lines(fit, a, b, resamples, seed))
-                lines += [{**about, "probe": word, **line} for line in found]
+    kinds = {name: kinds.get(name) or label_kind(pd.concat([table[name] for table in labels])) for name in labels[0]}
+    lines = [line for name, kind in kinds.items() for view in views
+             for line in _probed(name, view, fitted[view], judged[view], labels, kind, probes, resamples, seed)]
     return pd.DataFrame(lines, columns=_COLUMNS)
-
-def _pairs(view, labels, kind, what):
-    "Features and labels of the rows that have both, and how many lack the label, the view; `MissingError` for under 2."
-    (x, there), known = view, labels.notna().to_numpy()
-    rows = known & there
-    if rows.sum() < 2: raise MissingError(f"{what}: {rows.sum()} rows have the label and the view, at least 2 must")
-    y = labels[rows].to_numpy()
-    y = y.astype(float) if kind == "number" else y.astype(str) if y.dtype == object else y
-    return x[rows], y, (int((~known).sum()), int((known & ~there).sum()))

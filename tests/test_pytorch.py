@@ -11,7 +11,7 @@ from torch.export import Dim, export
 
 from gated_symile.contrastive import LogitScale
 from gated_symile.core import generator, unit, MissingError
-from gated_symile.objectives import linear  # noqa: F401: registers LinearGaussian
+import gated_symile.objectives.linear  # noqa: F401, it registers LinearGaussian
 from gated_symile.objectives.base import make_objective, registered
 
 M, D = 3, 8
@@ -21,9 +21,12 @@ CASES = [*((name, {}) for name in registered()), ("Symile", {"negatives": "candi
          ("GatedSymile", {"neutral": "none"})]
 CASES = [case for case in CASES if case[0] in registered()]
 def over(cases):
-    return pytest.mark.parametrize("name, options", cases, ids=[" ".join([n, *map(str, o.values())]) for n, o in cases])
+    names = [" ".join([name, *map(str, options.values())]) for name, options in cases]
+    return pytest.mark.parametrize("name, options", cases, ids=names)
+
+
 each = over(CASES)
-# What learns in closed form has nothing to be traced: what it knows, and of what sizes, is decided by values, in `learn`,
+# What learns in closed form can not be traced: what it knows, and of what sizes, is decided by values in `learn`,
 # and so is which regression a row with holes is asked; on the meta device there are none to learn from.
 stepwise = over([case for case in CASES if "closed form" not in registered()[case[0]].capabilities])
 both = pytest.mark.parametrize("holes", [False, True], ids=["all present", "holes"])
