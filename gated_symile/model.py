@@ -305,7 +305,8 @@ def _faults(model, saved, state):
     wrong = _settings_differ("the objective", saved["objective"], here["objective"])
     for name, a, b in zip(saved["names"], saved["encoders"], here["encoders"]):
         wrong += _settings_differ(f"the encoder of {name!r}", a, b)
-    own, state = ({key: tuple(x.shape) for key, x in weights.items() if not key.startswith("standardiser.")}
+    learnt = "standardiser.", *["objective."]*("closed form" in getattr(model.objective, "capabilities", ()))
+    own, state = ({key: tuple(x.shape) for key, x in weights.items() if not key.startswith(learnt)}
                   for weights in (model.state_dict(), state))
     wrong += [f"{key} is missing in the file" for key in own if key not in state]
     wrong += [f"{key} is not in the model" for key in state if key not in own]

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
 from .core import (check_name, check_range, check_whole, generator, DtypeError, GatedSymileError,
-                               MissingError, NonFiniteError, UnknownNameError)
+                               MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.batches import check_batches, given_batches, naming_the_dead, read_batches
 from .data.dataset import gather, MultimodalDataset
 from .gate.gate import ModalityGate
@@ -194,11 +194,15 @@ def _usable(model, train, valid, target, bank_size, candidates):
     else: _check_loader(model, train)
     return train, *usable_rows(valid, target, bank_size, candidates, "valid")
 
+def _closed_form(model):
+    "Whether the objective learns all at once."
+    return "closed form" in getattr(model.objective, "capabilities", ())
+
 def _prepare(model, train, valid, target, bank_size, candidates, device):
     "Usable rows and the model on the device; means and scales known, everything understood, some rows read."
     train, valid, *lists = _usable(model, train, valid, target, bank_size, candidates)
     if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
-    if not any(p.requires_grad for p in model.parameters()):
+    if not _closed_form(model) and not any(p.requires_grad for p in model.parameters()):
         raise MissingError("model: every parameter is frozen, so there is nothing to train")
     known = {"train": train, "valid": valid} if isinstance(train, MultimodalDataset) else {"valid": valid}
     def look(how):
@@ -224,6 +228,37 @@ def _validate(model, valid, target, bank_size, lists, autocast):
     return ranks.top(1).mean().item(), ranks.reciprocal().mean().item()
 
 # %% ../nbs/api/training.ipynb #af7c3fbb
+def _learn(model, batches, autocast):
+    "Let the objective learn from all batches at once; the mean loss of a row, where there is one."
+    chunks = []
+    with evaluating(model):
+        for batch, present in batches:
+            with autocast(): embeddings = model(batch, present)
+            rows = embeddings[0].new_ones(len(embeddings[0]), len(embeddings), dtype=torch.bool)
+            chunks.append((embeddings, rows if present is None else present))
+        if not chunks: raise MissingError("train: there is no batch to learn from")
+        embeddings, present = [torch.cat(e) for e in zip(*(e for e, _ in chunks))], torch.cat([p for _, p in chunks])
+        rows = present.sum(1) > 1
+        model.objective.learn([e[rows] for e in embeddings], None if present.all() else present[rows])
+        total = used = 0
+        for embeddings, present in chunks:
+            with suppress(MissingError, ShapeError):                           # a row alone, or without a partner
+                total += len(present) * model.objective(embeddings, present).item(); used += len(present)
+    return total / used if used else float("nan")
+
+def _fit_at_once(model, batches, valid, target, bank_size, autocast, callbacks):
+    "`fit` of an objective in closed form."
+    start = time.perf_counter()
+    if any(p.requires_grad for p in model.encoders.parameters()):
+        warnings.warn(f"model: {type(model.objective).__name__} takes no steps, so the encoders' weights stay as they "
+                      "are", stacklevel=3)
+    loss = _learn(model.eval(), batches, autocast)
+    top1, mrr = _validate(model, valid, target, bank_size, autocast)
+    line = dict(epoch=1, train_loss=loss, valid_top1=top1, valid_mrr=mrr, seconds=time.perf_counter() - start)
+    for call in callbacks: call(dict(line))
+    return pd.DataFrame([line | {"best": True}])
+
+# %% ../nbs/api/training.ipynb #441f9bfa
 def fit(
     model:MultimodalModel, # is trained in place, and left on `device` in evaluation mode
     train:MultimodalDataset|Iterable, # rows as they were read; or batches: dicts of tensors, or pairs with `present`
@@ -254,6 +289,10 @@ def fit(
     device, draws, best = _check_device(device), generator(seed), _Best(model)
     descent, history, steps, skipped = None, [], 0, []
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
+    if _closed_form(model):
+        train, valid = _prepare(model, train, valid, target, bank_size, device)
+        batches = _batches(train, batch_size, draws, device, model.names)
+        return _fit_at_once(model, batches, valid, target, bank_size, autocast, callbacks)
     epochs_bar = tqdm(range(1, epochs + 1), disable=not progress, unit="epoch")
     try:
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)

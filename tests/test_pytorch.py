@@ -11,6 +11,7 @@ from torch.export import Dim, export
 
 from gated_symile.contrastive import LogitScale
 from gated_symile.core import generator, unit, MissingError
+import gated_symile.objectives.linear  # noqa: F401, it registers LinearGaussian
 from gated_symile.objectives.base import make_objective, registered
 
 M, D = 3, 8
@@ -19,13 +20,22 @@ CASES = [*((name, {}) for name in registered()), ("Symile", {"negatives": "candi
          ("SubsetSymile", {"null": 1., "by_diversity": True}), ("GatedSymile", {"weighting": "sigmoid", "null": True}),
          ("GatedSymile", {"neutral": "none"})]
 CASES = [case for case in CASES if case[0] in registered()]
-each = pytest.mark.parametrize("name, options", CASES, ids=[" ".join([n, *map(str, o.values())]) for n, o in CASES])
+def over(cases):
+    names = [" ".join([name, *map(str, options.values())]) for name, options in cases]
+    return pytest.mark.parametrize("name, options", cases, ids=names)
+
+
+each = over(CASES)
+# What learns in closed form can not be traced: what it knows, and of what sizes, is decided by values in `learn`,
+# and so is which regression a row with holes is asked; on the meta device there are none to learn from.
+stepwise = over([case for case in CASES if "closed form" not in registered()[case[0]].capabilities])
 both = pytest.mark.parametrize("holes", [False, True], ids=["all present", "holes"])
 
 
 def make(name, options):
     torch.manual_seed(0)
-    return make_objective(name, M, D, **options)
+    objective = make_objective(name, M, D, **options)
+    return objective.learn(*batch(200, True)) if "closed form" in objective.capabilities else objective
 
 
 def batch(B, holes, seed=0, N=None, target=0, dtype=torch.float32):
@@ -59,7 +69,7 @@ class Score(nn.Module):
     def forward(self, embeddings, present=None): return self.objective.score(embeddings, self.target, present)
 
 
-@each
+@stepwise
 @both
 def test_compiles_whole_with_open_shapes(name, options, holes):
     "One graph for batches of all sizes: `fullgraph` allows no break, and after the first call nothing is traced again."
@@ -75,7 +85,7 @@ def test_compiles_whole_with_open_shapes(name, options, holes):
             close(found, learn(objective, e, present))
 
 
-@each
+@stepwise
 @both
 def test_exports_with_open_shapes(name, options, holes):
     "Loss and score, in B and N."
@@ -120,7 +130,7 @@ def test_half_and_double(name, options, holes):
         assert objective.score(e, 0, present).dtype == inside
 
 
-@each
+@stepwise
 @both
 def test_is_made_on_the_meta_device(name, options, holes):
     with torch.device("meta"): objective = make(name, options)

@@ -20,7 +20,9 @@ from ..core import (check_loss_input, check_name, check_score_input, full_precis
 # %% ../../nbs/api/objectives/base.ipynb #4cbcc23a
 class Objective(nn.Module):
     "A loss and a score over M embeddings, checked and filled once; a subclass writes `_score`, or `_loss` as well."
-    capabilities: ClassVar[frozenset[str]] = frozenset() # "weights": whom it trusts; "gated": embeddings as moved
+    # "weights": whom it trusts; "gated": embeddings as moved; "closed form": `learn` takes the place of steps
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    directions: ClassVar[bool] = True # whether a model hands it unit rows; no: what the encoders give
     style: ClassVar[dict] = {} # how plots draw it: color, marker, linestyle
 
     def __init__(self,

@@ -6,8 +6,10 @@
 __all__ = ['LINE', 'split_data', 'make_model', 'train_one', 'Run', 'run_one']
 
 # %% ../../nbs/api/runs/run.ipynb #8015eda2
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -15,10 +17,10 @@ import torch
 from ..auditing import detection
 from ..core import generator, DataError
 from ..data.dataset import MultimodalDataset
-from ..encoders import MLP
+from ..encoders import Flat, MLP
 from ..fragility import accuracy_by_corruption, gate_by_corruption, moved_by_corruption
 from ..model import MultimodalModel
-from ..objectives.base import make_objective
+from ..objectives.base import make_objective, registered
 from .spec import label, RunSpec
 from ..search import rank_dataset
 from ..training import fit
@@ -40,11 +42,14 @@ def make_model(
     spec:RunSpec, # the run
     sizes:dict[str, int], # name -> number of features
 ) -> MultimodalModel: # as it is before training; its weights are drawn from the seed
-    "An `MLP` for each modality, and the objective; the errors of both."
+    "An `MLP` for each modality, `Flat` where the objective is in closed form, and the objective; the errors of both."
+    at_once = "closed form" in registered()[spec.objective].capabilities
+    dim = max(sizes.values()) if at_once else spec.dim
+    encoder = partial(Flat, dim=dim) if at_once else partial(MLP, dim=dim, **spec.encoder_options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        encoders = {name: MLP(size, spec.dim, **spec.encoder_options) for name, size in sizes.items()}
-        objective = make_objective(spec.objective, len(sizes), spec.dim, **spec.objective_options)
+        encoders = {name: encoder(size) for name, size in sizes.items()}
+        objective = make_objective(spec.objective, len(sizes), dim, **spec.objective_options)
     objective.logit_scale.requires_grad_(spec.learn_scale)
     return MultimodalModel(encoders, objective, standardise=spec.standardise)
 
@@ -55,7 +60,7 @@ def train_one(
 ) -> tuple[MultimodalModel, pd.DataFrame, MultimodalDataset]: # trained model, history, test rows not yet looked at
     "Train on the training rows, scaled as they are without corruption; the errors of `fit`."
     train, valid, test = split_data(spec)
-    model = make_model(spec, {name: train.modalities[name].shape[1] for name in spec.names})
+    model = make_model(spec, {name: math.prod(train.modalities[name].shape[1:]) for name in spec.names})
     if spec.standardise: model.standardiser.fit(_split(spec, 0.)[0])
     options = dict(device=device, seed=spec.seed, progress=False, **spec.training_options)
     history = fit(model, train, valid, spec.target, **options)

@@ -300,7 +300,7 @@ def _try(objective, n_modalities, dim, objective_options, encoder_options):
     "Make an objective and an encoder of these options once: they check their own values."
     with torch.random.fork_rng(devices=[]):
         make_objective(objective.__name__, n_modalities, dim, **json.loads(objective_options))
-        MLP(1, dim, **json.loads(encoder_options))
+        if "closed form" not in objective.capabilities: MLP(1, dim, **json.loads(encoder_options))
 
 # %% ../../nbs/api/runs/spec.ipynb #5017ba57
 VERSION = 1 # of the digest: a change of what it is made of would be the next
@@ -326,7 +326,7 @@ class RunSpec:
     learn_scale:bool=True # whether the contrastive scale is learned; else it stays at the objective's `log_scale`
     data_options:dict=field(default_factory=dict) # of `corrupted_splits` or `synthetic_xnor`, and the tables' `id`
     objective_options:dict=field(default_factory=dict) # of the objective
-    encoder_options:dict=field(default_factory=lambda: {"input_dropout": 0.3}) # of `MLP`
+    encoder_options:dict=field(default_factory=lambda: {"input_dropout": 0.3}) # of `MLP`; none for a closed form
     training_options:dict=field(default_factory=dict) # of `fit`
     bank_size:int|None=field(init=False) # rows are ranked among at least so many; the source knows
     standardise:bool=field(init=False) # whether the model standardises its rows; the source knows
@@ -349,6 +349,7 @@ class RunSpec:
                        encoder_options=options_of(MLP),
                        training_options={**options_of(fit), "bank_size": self.bank_size})
         put(**{name: check_options(name, getattr(self, name), options) for name, options in allowed.items()})
+        if "closed form" in objective.capabilities: put(encoder_options={})        # no network, no options
         _try(objective, len(self.names), self.dim, json.dumps(self.objective_options), json.dumps(self.encoder_options))
         _check_training(self.training_options)
         source.check(**self.data_options)
@@ -395,7 +396,7 @@ def make_specs(
     dim:int=128, # D, width of the embeddings
     data_options:dict={}, # of the data: `corruption`, `fractions`, `id`, or of `synthetic_xnor`
     objective_options:dict={}, # name of an objective -> its options
-    encoder_options:dict={"input_dropout": 0.3}, # of `MLP`
+    encoder_options:dict={"input_dropout": 0.3}, # of `MLP`; an objective in closed form has no network, and takes none
     training_options:dict={}, # of `fit`
     plugins:list=[], # modules or .py files that register objectives of your own
 ) -> list[RunSpec]: # for each seed, each p, each objective
