@@ -246,14 +246,14 @@ def _learn(model, batches, autocast):
                 total += len(present) * model.objective(embeddings, present).item(); used += len(present)
     return total / used if used else float("nan")
 
-def _fit_at_once(model, batches, valid, target, bank_size, autocast, callbacks):
+def _fit_at_once(model, batches, valid, target, bank_size, lists, autocast, callbacks):
     "`fit` of an objective in closed form."
     start = time.perf_counter()
     if any(p.requires_grad for p in model.encoders.parameters()):
         warnings.warn(f"model: {type(model.objective).__name__} takes no steps, so the encoders' weights stay as they "
                       "are", stacklevel=3)
     loss = _learn(model.eval(), batches, autocast)
-    top1, mrr = _validate(model, valid, target, bank_size, autocast)
+    top1, mrr = _validate(model, valid, target, bank_size, lists, autocast)
     line = dict(epoch=1, train_loss=loss, valid_top1=top1, valid_mrr=mrr, seconds=time.perf_counter() - start)
     for call in callbacks: call(dict(line))
     return pd.DataFrame([line | {"best": True}])
@@ -290,9 +290,9 @@ def fit(
     descent, history, steps, skipped = None, [], 0, []
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
     if _closed_form(model):
-        train, valid = _prepare(model, train, valid, target, bank_size, device)
+        train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         batches = _batches(train, batch_size, draws, device, model.names)
-        return _fit_at_once(model, batches, valid, target, bank_size, autocast, callbacks)
+        return _fit_at_once(model, batches, valid, target, bank_size, lists, autocast, callbacks)
     epochs_bar = tqdm(range(1, epochs + 1), disable=not progress, unit="epoch")
     try:
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
