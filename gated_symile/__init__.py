@@ -6,13 +6,15 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'Objective', 'make_objective', 'register', 'registered', 'PairwiseCLIP',
-           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'MultimodalDataset',
-           'Standardiser', 'corrupted_splits', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap',
-           'synthetic_xnor', 'mfeat', 'load_tabular', 'MLP', 'bootstrap_interval', 'encode_bank', 'load_bank',
-           'save_bank', 'metrics', 'rank_in_banks', 'rank_true', 'retrieve', 'top_k', 'Bank', 'Ranks',
-           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'fit',
-           'rank_dataset', 'MultimodalModel', 'read_about']
+           'NeutralDirections', 'ModalityGate', 'make_objective', 'register', 'registered', 'Objective', 'PairwiseCLIP',
+           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Column',
+           'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian',
+           'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca',
+           'cells', 'emoji', 'load_tabular', 'BagOfTokens', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'ImageEncoder',
+           'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser',
+           'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks',
+           'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -28,29 +30,41 @@ from .objectives.gram import GRAM
 from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
+from .objectives.linear import LinearGaussian
+from .data.rows import Column, Files, Mapped, Transformed
 from .data.dataset import MultimodalDataset
 from .data.corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
 from .data.splits import corrupted_splits
 from .data.xnor import synthetic_xnor
+from .data.xor import synthetic_xor
 from .data.mfeat import mfeat
+from .data.nhanes import nhanes
+from .data.tcga import tcga_brca
+from .data.cells import cells
+from .data.emoji import emoji
 from .data.tabular import load_tabular
-from .encoders import MLP
-from .model import MultimodalModel, read_about, Standardiser
+from .encoders import (BagOfTokens, EmbeddedMLP, Encoder, Flat, Frozen, ImageEncoder, MaskedMLP, MLP,
+                                   register_encoder, ResidualMLP, SmallCNN, TransformersEncoder)
+from .standardise import Standardiser
+from .model import MultimodalModel, read_about
 from .statistics import bootstrap_interval, metrics, Ranks
-from .search import rank_dataset, rank_in_banks, rank_true, top_k
+from .search import rank_dataset, rank_in_banks, rank_listed, rank_true, top_k
 from .bank import Bank, encode_bank, load_bank, retrieve, save_bank
 from .training import fit
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
+from .probing import probe
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
-         "LogitScale", "NeutralDirections", "ModalityGate", "Objective", "make_objective",
-         "register", "registered", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
-         "GatedSymile", "query_subsets", "SubsetSymile", "MultimodalDataset", "Standardiser", "corrupted_splits",
-         "corrupt",
-         "corrupt_one", "Flip", "Gaussian", "Missing", "Swap", "synthetic_xnor", "mfeat", "load_tabular", "MLP",
-         "bootstrap_interval", "encode_bank", "load_bank", "save_bank", "metrics", "rank_in_banks", "rank_true",
-         "retrieve", "top_k", "Bank", "Ranks", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score",
-         "detection", "verdict", "fit", "rank_dataset", "MultimodalModel", "read_about"]
+         "LogitScale", "NeutralDirections", "ModalityGate", "make_objective", "register", "registered", "Objective",
+         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
+         "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
+         "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
+         "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "BagOfTokens", "EmbeddedMLP", "Encoder", "Flat",
+         "Frozen", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN",
+         "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about", "bootstrap_interval", "metrics",
+         "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true", "top_k", "Bank", "encode_bank",
+         "load_bank", "retrieve", "save_bank", "fit", "accuracy_by_corruption", "gate_by_corruption", "audit",
+         "audit_score", "detection", "verdict", "probe"]

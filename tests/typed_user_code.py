@@ -11,6 +11,11 @@ from gated_symile import (
     rank_true, retrieve,
     save_bank, synthetic_xnor, top_k, unit, verdict,
 )
+from gated_symile import (
+    BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe, register_encoder,
+    tcga_brca,
+)
+from gated_symile.data.xor import xor_information
 from gated_symile.model import read_about
 from gated_symile.objectives.base import Objective, make_objective, register, registered
 from gated_symile.statistics import bootstrap_interval, metrics
@@ -37,6 +42,31 @@ class Small(nn.Module):
         self.linear = nn.Linear(width, DIM)
 
     def forward(self, x: Tensor) -> Tensor: return self.linear(x)
+
+
+@register_encoder
+class Rooted(Encoder):
+    "An encoder of one's own that is loaded by its name."
+    standardise = "columns"
+
+    def __init__(self, in_features: int, dim: int) -> None:
+        super().__init__()
+        self.in_features, self.dim, self.linear = in_features, dim, nn.Linear(in_features, dim)
+
+    def forward(self, x: Tensor) -> Tensor: return self.linear(x.abs().sqrt())
+
+
+def many_kinds() -> list[nn.Module]:
+    tables: list[nn.Module] = [Rooted(4, 8), ResidualMLP(4, 8), MaskedMLP(4, 8, widths=[16, 32])]
+    return [*tables, SmallCNN(8, channels=1, spatial_dims=1), BagOfTokens(100, 8), Frozen(nn.Linear(4, 4), Rooted(4, 8))]
+
+
+def packaged() -> dict[str, float]:
+    people: MultimodalDataset = nhanes(("metals",), log=False)
+    tumours: MultimodalDataset = tcga_brca(columns=None)
+    found: MultimodalDataset = emoji(flat=True)
+    assert min(map(len, (people, tumours, found))) > 700
+    return xor_information(5, 0.5)
 
 
 def make(data: MultimodalDataset, objective: Objective) -> MultimodalModel:
@@ -130,3 +160,9 @@ def main(folder: Path) -> None:
     assert judge(model, test).startswith("-")
     assert len(keep(model, test, folder)) == 6
     assert len(loop(*first.modalities.values())) == len(first) and "Softest" in registered()
+    assert all(isinstance(encoder, nn.Module) for encoder in many_kinds()) and len(packaged()) > 2
+    floor = make(data, LinearGaussian(ridge=None))
+    fit(floor, first, valid, target="A", progress=False)
+    labels = [i % 2 for i in range(len(first))], [i % 2 for i in range(len(test))]
+    values = probe(floor, first, test, *labels)["value"]
+    assert len(values)

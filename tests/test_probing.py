@@ -14,7 +14,7 @@ from gated_symile.encoders import Flat
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.linear import LinearGaussian
 from gated_symile.objectives.symile import Symile
-from gated_symile.probe import embedding_views, label_kind, probe
+from gated_symile.probing import embedding_views, label_kind, probe
 
 N, D = 300, 6
 
@@ -58,7 +58,7 @@ def test_the_table_is_whole(table):
 
 def test_auroc_of_three_classes_is_scikit_learns():
     model, train, test, a, b = made()
-    from gated_symile.probe import _fitted, _macro, _views_of
+    from gated_symile.probing import _fitted, _macro, _views_of
     x, y = _views_of(model, train)["a"][0], a["kind"].to_numpy().astype(str)
     fitted, new = _fitted("linear", "class", x, y, 0), _views_of(model, test)["a"][0]
     scores, truth = fitted.predict_proba(new), b["kind"].to_numpy().astype(str)
@@ -159,5 +159,5 @@ def test_directions_or_not_is_the_models_business():
 
 
 def test_scikit_learn_is_imported_when_it_is_needed():
-    code = "import sys, gated_symile.probe; assert not any(m.split('.')[0] == 'sklearn' for m in sys.modules)"
+    code = "import sys, gated_symile.probing; assert not any(m.split('.')[0] == 'sklearn' for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
