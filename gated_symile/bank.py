@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_whole, whole_file, DataError, DtypeError, MissingError,
+from .core import (check_finite, check_name, whole_file, DataError, DtypeError, MissingError,
                                ShapeError)
 from .data.batches import check_batches, given_batches
 from .data.dataset import gather, MultimodalDataset

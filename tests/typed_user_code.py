@@ -12,8 +12,8 @@ from gated_symile import (
     save_bank, synthetic_xnor, top_k, unit, verdict,
 )
 from gated_symile import (
-    BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe, register_encoder,
-    tcga_brca,
+    BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
+    register_encoder, tcga_brca,
 )
 from gated_symile.data.xor import xor_information
 from gated_symile.model import read_about
@@ -58,7 +58,8 @@ class Rooted(Encoder):
 
 def many_kinds() -> list[nn.Module]:
     tables: list[nn.Module] = [Rooted(4, 8), ResidualMLP(4, 8), MaskedMLP(4, 8, widths=[16, 32])]
-    return [*tables, SmallCNN(8, channels=1, spatial_dims=1), BagOfTokens(100, 8), Frozen(nn.Linear(4, 4), Rooted(4, 8))]
+    frozen = Frozen(nn.Linear(4, 4), Rooted(4, 8))
+    return [*tables, SmallCNN(8, channels=1, spatial_dims=1), BagOfTokens(100, 8), frozen]
 
 
 def packaged() -> dict[str, float]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
@@ -20,7 +19,7 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 from ..core import (check_name, check_whole, DtypeError, GatedSymileError, MissingError,
                                NonFiniteError, RangeError, ShapeError, UnknownNameError)
 from .batches import check_batches, fetched, given_batches
-from .rows import as_rows, Chosen, kept_dtype, Rows, take_rows
+from .rows import as_rows, kept_dtype, Rows, take_rows
 
 # %% ../../nbs/api/data/dataset.ipynb #446c79da
 def _checked_rows(name, x):
