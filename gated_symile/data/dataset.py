@@ -180,7 +180,7 @@ def _check(dataset, rows, unreadable, progress):
 @dataclass(frozen=True, eq=False, repr=False)
 class MultimodalDataset:
     "Modalities of the same rows, whose fields stay aligned whatever is taken. Errors name the field that is wrong."
-    # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, in which NaN
+    # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, NaN
     # is missing and infinity an error; integers as they are
     modalities:dict[str, Tensor|Rows]
     # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows in memory that hold nothing but NaN
