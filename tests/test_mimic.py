@@ -1,4 +1,4 @@
-"Symile-MIMIC as published: both layouts, all that can be wrong with the files, and the look-alikes that stand in for them."
+"Symile-MIMIC as published: both layouts, all that can be wrong with the files, and look-alikes in their place."
 import json
 import pickle
 import shutil
@@ -11,6 +11,7 @@ import torch
 from gated_symile.core import DataError, DtypeError, MissingError, OutputError, ShapeError, UnknownNameError
 from gated_symile.data.mimic import FINDINGS, SPLITS, symile_mimic, write_symile_mimic
 
+BLOOD = "percentiles", "missingness"
 SMALL = dict(rows=(30, 12, 11), side=16, length=40, p=0.5, progress=False)
 
 
@@ -65,7 +66,7 @@ def test_rows_are_those_of_the_files(made, split):
         assert not isinstance(x, torch.Tensor)                         # mapped, not read
         assert np.array_equal(x[:].numpy(), np.load(path(made["npy"], name, split))[:n])
     labs = got.rows.modalities["labs"].numpy()
-    percentiles, observed = (np.load(path(made["npy"], f"labs_{what}", split))[:n] for what in ("percentiles", "missingness"))
+    percentiles, observed = (np.load(path(made["npy"], f"labs_{what}", split))[:n] for what in BLOOD)
     assert np.array_equal(np.isnan(labs), observed == 0)
     assert np.array_equal(labs[observed == 1], percentiles[observed == 1])
     assert got.rows.ids == np.load(path(made["npy"], "hadm_id", split))[:n].tolist()
@@ -88,7 +89,7 @@ def test_columns_are_in_the_order_of_the_names_and_not_of_the_file(made):
     means = json.loads((made["npy"]/"labs_means.json").read_text())
     names = symile_mimic(made["npy"]).rows.columns["labs"]
     assert list(means) != sorted(means) and names == sorted(means)
-    percentiles, observed = (np.load(path(made["npy"], f"labs_{what}", "train")) for what in ("percentiles", "missingness"))
+    percentiles, observed = (np.load(path(made["npy"], f"labs_{what}", "train")) for what in BLOOD)
     for k, name in enumerate(names): assert np.allclose(percentiles[observed[:, k] == 0, k], means[name])
     table = pd.read_csv(made["npy"]/"train.csv")
     assert np.allclose(table[names], symile_mimic(made["npy"]).rows.modalities["labs"], equal_nan=True)
@@ -117,31 +118,41 @@ def test_a_label_that_is_none(folder):
 
 
 WRONG = {
-    "wrong channels": ("cxr", "train", lambda x: x[:, :1], ShapeError, r"cxr_train.npy must have shape \(rows, 3, side, side\)"),
+    "wrong channels": ("cxr", "train", lambda x: x[:, :1],
+        ShapeError, r"cxr_train.npy must have shape \(rows, 3, side, side\)"),
     "not square": ("cxr", "train", lambda x: x[..., :8], ShapeError, r"cxr_train.npy .* got \(30, 3, 16, 8\)"),
     "axes of the ECG": ("ecg", "train", lambda x: x.transpose(0, 1, 3, 2), ShapeError, r"ecg_train.npy .*length, 12\)"),
     "49 tests": ("labs_percentiles", "val", lambda x: x[:, :49], ShapeError, "labs_percentiles_val.npy"),
     "no rows": ("hadm_id", "train", lambda x: x[:0], ShapeError, r"hadm_id_train.npy .* got \(0,\)"),
-    "half precision": ("cxr", "train", lambda x: x.astype(np.float16), DtypeError, "cxr_train.npy must hold float32, got float16"),
+    "half precision": ("cxr", "train", lambda x: x.astype(np.float16),
+        DtypeError, "cxr_train.npy must hold float32, got float16"),
     "bytes": ("cxr", "train", lambda x: x.astype(np.uint8), DtypeError, "must hold float32, got uint8"),
-    "bools": ("labs_missingness", "train", lambda x: x.astype(bool), DtypeError, "labs_missingness_train.npy must hold int64"),
+    "bools": ("labs_missingness", "train", lambda x: x.astype(bool),
+        DtypeError, "labs_missingness_train.npy must hold int64"),
     "fewer rows": ("ecg", "train", lambda x: x[:-1], ShapeError, "differ in rows: .*'ecg_train.npy': 29"),
     "neither 0 nor 1": ("labs_missingness", "train", put((0, 0), 2), DataError, "must hold 0 and 1"),
-    "no percentile": ("labs_percentiles", "train", put((0, 0), 70), DataError, "labs_percentiles_train.npy must hold percentiles"),
-    "NaN": ("labs_percentiles", "train", put((0, 0), np.nan), DataError, "labs_percentiles_train.npy must hold percentiles"),
+    "no percentile": ("labs_percentiles", "train", put((0, 0), 70),
+        DataError, "labs_percentiles_train.npy must hold percentiles"),
+    "NaN": ("labs_percentiles", "train", put((0, 0), np.nan),
+        DataError, "labs_percentiles_train.npy must hold percentiles"),
     "1 is missing": ("labs_missingness", "train", lambda x: 1 - x, DataError, "there 1 is observed"),
     "twice": ("hadm_id", "train", lambda x: put(1, x[0])(x), DataError, "train.csv beside hadm_id: row 1"),
     "no label": ("label", "test", put(3, 2), DataError, "label_test.npy must hold 0 and 1"),
-    "one true too few": ("label", "test", put(3, 0), DataError, r"label_test.npy: 10 of 110 rows are true, expected one in 10"),
-    "true ones later": ("label", "test", lambda x: x[::-1], DataError, r"label_test.npy \(all true ones first\): row 0 has 0"),
+    "one true too few": ("label", "test", put(3, 0),
+        DataError, r"label_test.npy: 10 of 110 rows are true, expected one in 10"),
+    "true ones later": ("label", "test", lambda x: x[::-1],
+        DataError, r"label_test.npy \(all true ones first\): row 0 has 0"),
     "whose": ("label_hadm_id", "test", lambda x: put(20, x[0])(x), DataError, "label_hadm_id_test.npy .*: row 20"),
     "query by query": ("label_hadm_id", "test", lambda x: np.concatenate([x[:11], x[11:][::-1]]), DataError, "row 11"),
-    "a stranger": ("hadm_id", "test", put(50, 7), DataError, "hadm_id_test.npy: 1 candidates are no true row of the split"),
+    "a stranger": ("hadm_id", "test", put(50, 7),
+        DataError, "hadm_id_test.npy: 1 candidates are no true row of the split"),
     "itself": ("hadm_id", "test", lambda x: put(11, x[0])(x), DataError, "1 queries have a candidate twice"),
     "true twice": ("hadm_id", "test", lambda x: put(1, x[0])(x), DataError, "comes twice among the true ones"),
-    "another picture": ("cxr", "test", lambda x: put(11, -x[11])(x), DataError, r"cxr_test.npy: row 11 should repeat row \d+"),
+    "another picture": ("cxr", "test", lambda x: put(11, -x[11])(x),
+        DataError, r"cxr_test.npy: row 11 should repeat row \d+"),
     "another ECG": ("ecg", "test", lambda x: put(11, -x[11])(x), DataError, "ecg_test.npy: row 11 should repeat"),
-    "other blood": ("labs_percentiles", "test", put((60, 0), 0.123), DataError, "labs_percentiles_test.npy: row 60 should repeat"),
+    "other blood": ("labs_percentiles", "test", put((60, 0), 0.123),
+        DataError, "labs_percentiles_test.npy: row 60 should repeat"),
 }
 
 
@@ -184,7 +195,8 @@ def test_files_that_are_lacking_or_cut_short(folder, name):
     whole = file.read_bytes()
     for cut in (len(whole) - 8, 60, 0):
         file.write_bytes(whole[:cut])
-        with pytest.raises(DataError, match=f"{name}_test.npy can't be read.* is it whole"): symile_mimic(folder, "test")
+        with pytest.raises(DataError, match=f"{name}_test.npy can.t be read.* is it whole"):
+            symile_mimic(folder, "test")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"no file .*{name}_test.npy"): symile_mimic(folder, "test")
 
@@ -209,9 +221,10 @@ def test_tensors_that_are_none_or_cut_short(saved):
     whole, tensor = file.read_bytes(), torch.load(file)
     file.write_bytes(whole[:len(whole)//2])
     with pytest.raises(DataError, match="cxr_train.pt can't be read"): symile_mimic(saved, number=1)
-    for other, words in (({"cxr": tensor}, "one array or tensor, got dict"), (tensor.bfloat16(), "one array or tensor, got torch.bfloat16")):
+    for other, kind in (({"cxr": tensor}, "dict"), (tensor.bfloat16(), "torch.bfloat16")):
         torch.save(other, file)
-        with pytest.raises(DataError, match=f"cxr_train.pt must hold {words}"): symile_mimic(saved, number=1)
+        with pytest.raises(DataError, match=f"cxr_train.pt must hold one array or tensor, got {kind}"):
+            symile_mimic(saved, number=1)
     torch.save(tensor, file, _use_new_zipfile_serialization=False)     # of before 2020: can't be mapped
     with pytest.raises(DataError, match="cxr_train.pt can't be read"): symile_mimic(saved, number=1)
     torch.save(tensor.double(), file)
@@ -221,9 +234,9 @@ def test_tensors_that_are_none_or_cut_short(saved):
 def test_folders(folder, saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"): symile_mimic(tmp_path/"nowhere")
     with pytest.raises(FileNotFoundError, match="neither data_npy nor split1: it holds .*'npy'"): symile_mimic(tmp_path)
-    with pytest.raises(UnknownNameError, match="split: 'valid' is unknown.*did you mean 'val'"): symile_mimic(folder, "valid")
-    with pytest.raises(UnknownNameError, match="number: there is no split2 .* only data_npy"): symile_mimic(folder, number=2)
-    with pytest.raises(UnknownNameError, match=r"number: there is no split2 .* only \[1\]"): symile_mimic(saved, number=2)
+    with pytest.raises(UnknownNameError, match="split: 'valid' .*did you mean 'val'"): symile_mimic(folder, "valid")
+    with pytest.raises(UnknownNameError, match="there is no split2 .* only data_npy"): symile_mimic(folder, number=2)
+    with pytest.raises(UnknownNameError, match=r"there is no split2 .* only \[1\]"): symile_mimic(saved, number=2)
     with pytest.raises(MissingError, match=r"number: .* say which of \[1\]"): symile_mimic(saved)
 
 
@@ -238,7 +251,8 @@ def test_a_look_alike_is_like_its_original(tmp_path):
     folder = write_symile_mimic(tmp_path/"a", rows=(2000, 10, 10), side=12, length=34, p=0.4, progress=False)
     rows = symile_mimic(folder).rows
     seen = (~rows.modalities["labs"].isnan()).float().mean(0)
-    expected = torch.cat([torch.full((16,), .99), torch.linspace(.9, .6, 18), torch.linspace(.49, .33, 13), torch.full((3,), .105)])
+    expected = torch.cat([torch.full((16,), .99), torch.linspace(.9, .6, 18), torch.linspace(.49, .33, 13),
+                          torch.full((3,), .105)])
     assert (seen - expected).abs().max() < 0.04 and abs(seen.sum() - 35) < 1
     assert (rows.modalities["labs"][:, 47].isnan() == rows.modalities["labs"][:, 49].isnan()).all()
     assert (rows.modalities["labs"].nanmean(0) - 0.5).abs().max() < 0.01

@@ -36,7 +36,8 @@ _ARRAYS = {"cxr": (np.float32, (3, None, None)), "ecg": (np.float32, (1, None, 1
 
 # %% ../../nbs/api/data/mimic.ipynb #2668d9a8
 BITS = 8 # of u and of v
-_RATES = np.concatenate([np.full(16, .99), np.linspace(.9, .6, 18), np.linspace(.49, .33, 13)]) # how often a test is done
+# how often a test is done
+_RATES = np.concatenate([np.full(16, .99), np.linspace(.9, .6, 18), np.linspace(.49, .33, 13)])
 _RARE = .105 # and the last three, which are done together
 
 @dataclass
@@ -203,7 +204,8 @@ def _write_all(base, place, ending, people, waves, seed, draws, bar):
     means = [float(np.nanmean(x)) if not np.isnan(x).all() else .5 for x in percentiles["train"].T]
     names = [f"lab{k + 1:02}_percentile" for k in range(50)]
     base.mkdir(parents=True, exist_ok=True)
-    with whole_file(base/"labs_means.json") as file: file.write(json.dumps(dict(zip(names[::-1], means[::-1])), indent=1).encode())
+    told = json.dumps(dict(zip(names[::-1], means[::-1])), indent=1)          # in no order, as published
+    with whole_file(base/"labs_means.json") as file: file.write(told.encode())
     for split, name in (("train", "train"), ("val", "val"), ("val_retrieval", "val"), ("test", "test")):
         group, n = people[name], len(people[name].ids)
         rows = _listed(n, draws) if SPLITS[split] else np.arange(n)
@@ -229,7 +231,7 @@ def write_symile_mimic(
     seed:int=0, # of all that is drawn
     progress:bool=True, # whether to show a progress bar
 ) -> Path: # `folder`
-    "Write a look-alike of Symile-MIMIC, or leave the same one as it is; `OutputError`, `RangeError`, `UnknownNameError`."
+    "Write a look-alike, or leave the same one as it is; `OutputError`, `RangeError`, `DtypeError`, `UnknownNameError`."
     folder, ending, settings = Path(folder), *_checked_settings(rows, side, length, p, layout, noise, seed)
     if _is_made(folder, settings): return folder
     draws, waves = generator(seed), _waves(side, length)
@@ -256,7 +258,7 @@ def _mapped(path):
         else: array = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error: # a damaged file can make its reader raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        foreign = any(word in str(error).lower() for word in ("pickle", "weights_only", "weights only", "python objects"))
+        foreign = any(word in str(error).lower() for word in ("pickle", "weights_only", "weights only", "objects"))
         hint = "Python objects (a pickle) are never loaded, save a plain array or tensor" if foreign else "is it whole?"
         raise DataError(f"{path.name} can't be read: {reason:.120}; {hint}") from error
     if isinstance(array, Tensor) and array.dtype != torch.bfloat16: return array.numpy()
@@ -303,7 +305,7 @@ def _place(folder, split, number):
             raise UnknownNameError(f"number: there is no split{number} in {folder}, only {numbers or 'data_npy'}")
         return folder/f"split{number}"/split, folder/f"split{number}", ".pt"
     if (folder/"data_npy").is_dir(): return folder/"data_npy"/split, folder, ".npy"
-    if numbers: raise MissingError(f"number: {folder} has {len(numbers)} splits, say which of {numbers} is meant")
+    if numbers: raise MissingError(f"number: {folder} has split{numbers[0]} and so on, say which of {numbers}")
     raise FileNotFoundError(f"folder: {folder} has neither data_npy nor split1: it holds "
                             f"{sorted(p.name for p in folder.iterdir())[:5]}")
 
@@ -344,7 +346,7 @@ def _candidates(arrays, files):
     if not np.isin(label, (0, 1)).all(): raise DataError(f"{file['label']} must hold 0 and 1 and nothing else")
     if n * CANDIDATES != len(label):
         raise DataError(f"{file['label']}: {n} of {len(label)} rows are true, expected one in {CANDIDATES}")
-    _differ(label, np.arange(len(label)) < n, f"{file['label']} (all true ones first)")
+    _differ(label, (np.arange(len(label)) < n).astype(int), f"{file['label']} (all true ones first)")
     own, others = ids[:n], ids[n:]
     if len(set(own.tolist())) < n: raise DataError(f"{file['hadm_id']}: an admission comes twice among the true ones")
     expected = np.concatenate([own, own.repeat(CANDIDATES - 1)])
@@ -407,7 +409,7 @@ def _labels(folder, place, ids, uncertain, unmentioned):
 class SymileMIMIC:
     "One split of Symile-MIMIC: rows to train or to rank, which of them compete, and what is known beside."
     rows:MultimodalDataset # `cxr` and `ecg`, mapped, and `labs`, percentiles with NaN; `ids` are the admissions
-    candidates:Tensor|None # Long `(rows, 10)`: candidates of each row, as rows, the true one first; `None` in train, val
+    candidates:Tensor|None # Long `(rows, 10)`: candidates of each row, by row, the true one first; `None` in train, val
     labels:pd.DataFrame # a line a row: six findings and `mortality`, as far as known; 1, 0, or NaN for unknown
 
     def __len__(self): return len(self.rows)
