@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import (check_name, check_range, check_whole, generator, whole_file, DataError, DtypeError,
-                               GatedSymileError, MissingError, OutputError, RangeError, ShapeError, UnknownNameError)
+                               MissingError, OutputError, ShapeError, UnknownNameError)
 from .dataset import MultimodalDataset
 from .rows import Chosen, Mapped
 
