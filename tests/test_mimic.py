@@ -2,6 +2,9 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -282,3 +285,43 @@ def test_the_seed_decides(made, tmp_path):
     for file in made["npy"].rglob("*.*"): assert file.read_bytes() == (again/file.relative_to(made["npy"])).read_bytes()
     other = write_symile_mimic(tmp_path/"other", seed=1, **SMALL)
     assert not np.array_equal(np.load(path(again, "cxr", "train")), np.load(path(other, "cxr", "train")))
+
+
+TEMPLATE = Path(__file__).parent.parent/"nbs"/"experiments"/"mimic.ipynb"
+
+
+def papermill(folder, *parameters):
+    "Run the template in a folder, as people do."
+    return subprocess.run([sys.executable, "-m", "papermill", str(TEMPLATE), "executed.ipynb", "-k", "python3",
+                           "--no-progress-bar", *parameters], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_template_on_files_of_ones_own(folder, tmp_path):
+    given = ["-p", "folder", str(folder), "-p", "epochs", "1", "-p", "out", "out", "-y",
+             "objectives: [PairwiseCLIP, SubsetSymile]"]
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    done = papermill(tmp_path, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_parquet(tmp_path/"out"/"results.parquet")
+    assert set(table["objective"]) == {"PairwiseCLIP", "SubsetSymile"}
+    assert set(table["rows"]) == {"all", "clean", "corrupted", "ecg", "labs"}
+    assert (table[table["rows"] == "all"]["n"] == 11).all()
+    assert table[table["metric"] == "top1"][["value", "low", "high"]].stack().between(0, 1).all()
+    weights = {file: file.stat().st_mtime_ns for file in (tmp_path/"out"/"weights").iterdir()}
+    assert len(weights) == 2 and (tmp_path/"out"/"top1.png").is_file()
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    done = papermill(tmp_path, *given)                                 # what is finished is not trained again
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights == {file: file.stat().st_mtime_ns for file in (tmp_path/"out"/"weights").iterdir()}
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path/"out"/"results.parquet"))
+
+
+@pytest.mark.parametrize("given, words", [
+    (["-p", "epoch", "3"], "parameter: 'epoch' is unknown"),
+    (["-p", "recipe", "papers"], "did you mean 'paper'"),
+    (["-p", "folder", ".", "-p", "p", "0.5"], "p is for the look-alike"),
+    (["-p", "folder", "nowhere"], "no folder nowhere")])
+def test_a_wrong_parameter_stops_the_template(given, words, tmp_path):
+    done = papermill(tmp_path, *given)
+    assert done.returncode != 0 and words in done.stderr
+    assert not (tmp_path/"runs"/"mimic"/"weights").exists()
