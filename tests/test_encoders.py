@@ -222,7 +222,7 @@ def test_one_two_and_three_dimensions(make, dims):
 
 def test_group_norm_keeps_no_statistics_and_rows_apart():
     pytest.importorskip("monai")
-    rows = floats(3, 16, 16)
+    rows = floats(3, 32, 32)
     for network in ("resnet10", "densenet121"):
         torch.manual_seed(0)
         encoder = ImageEncoder(DIM, network=network).train()

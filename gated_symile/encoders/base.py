@@ -11,13 +11,14 @@ from inspect import signature
 from typing import TypeVar
 
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import DtypeError, MissingError, ShapeError, UnknownNameError
 
 # %% ../../nbs/api/encoders/base.ipynb #e129e23a
 class Encoder(nn.Module):
     "A module that can say how it was made; a base, or a mixin before another module's class."
-    standardise:str|None = "columns" # how its rows are standardised, where nobody says otherwise
+    standardise:str|None # how its rows are standardised, where it says so; else their shape decides
     holes:bool = False # whether it wants single missing values as NaN, instead of the mean
 
     def settings(self) -> dict: # name -> value
@@ -59,6 +60,8 @@ class Frozen(nn.Module):
         super().__init__()
         self.network, self.head = network.eval().requires_grad_(False), head
         if hasattr(head, "dim"): self.dim = head.dim
+        for module in network.modules():                                 # or `fit` would estimate its statistics anew
+            if isinstance(module, _BatchNorm): module.track_running_stats = False
 
     def forward(self,
         x:Tensor, # what the network takes

@@ -108,6 +108,9 @@ class ImageEncoder(Encoder):
     def forward(self,
         x:Tensor, # rows `(rows, channels, ...)`, floats
     ) -> Tensor: # embeddings `(rows, dim)`, not normalised
-        "Encode rows; the errors of `check_channels`."
+        "Encode rows; the errors of `check_channels`, `ShapeError` for a space too small to be halved so often."
         check_channels(x, self.channels, self.spatial_dims)
-        return self.layers(x)
+        try: return self.layers(x)
+        except RuntimeError as error:
+            if "too small" not in str(error): raise
+            raise ShapeError(f"rows of shape {tuple(x.shape[1:])} are too small for {self.network}") from error

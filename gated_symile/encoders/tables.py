@@ -19,6 +19,7 @@ from .mlp import MLP
 # %% ../../nbs/api/encoders/tables.ipynb #b89a6554
 class ResidualMLP(Encoder):
     "A linear map plus an MLP that starts at zero; the errors of `MLP`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -51,6 +52,7 @@ def _with_mask(x):
 
 class MaskedMLP(Encoder):
     "Values and a mask of their holes (Gated Symile, union input), through blocks; `RangeError`, `DtypeError`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -94,6 +96,7 @@ def normal_bins(
 # %% ../../nbs/api/encoders/tables.ipynb #82cd806d
 class EmbeddedMLP(Encoder):
     "Each number as a vector, then an MLP; `MissingError` without the extra `tables`, `UnknownNameError`, `ShapeError`."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -109,7 +112,8 @@ class EmbeddedMLP(Encoder):
         self.in_features, self.dim = check_whole("in_features", in_features, 1), check_whole("dim", dim, 1)
         self.embedding = check_name("embedding", embedding, ["piecewise", "periodic"])
         self.embedding_dim, self.options = check_whole("embedding_dim", embedding_dim, 1), dict(options or {})
-        self.bins = bins if isinstance(bins, int) else [[float(edge) for edge in edges] for edges in bins]
+        by_hand = isinstance(bins, (list, tuple))
+        self.bins = [[float(e) for e in edges] for edges in bins] if by_hand else check_whole("bins", bins, 2)
         self.numbers = self._embeddings(_rtdl())
         self.mlp = MLP(self.in_features*self.embedding_dim, dim, width, depth, dropout=dropout)
         self.width, self.depth, self.dropout = self.mlp.width, self.mlp.depth, self.mlp.dropout

@@ -28,8 +28,8 @@ def check_ids(
     bad = ((x < 0) | (x >= vocabulary)).nonzero()
     if len(bad):
         row, place = bad[0].tolist()
-        raise RangeError(f"token id {x[row, place].item()} (row {row}, place {place}) must lie in [0, {vocabulary - 1}]:"
-                         f" the vocabulary has {vocabulary} ids, that of padding among them")
+        raise RangeError(f"token id {x[row, place].item()} (row {row}, place {place}) must lie in "
+                         f"[0, {vocabulary - 1}]: the vocabulary counts {vocabulary} ids, padding among them")
 
 # %% ../../nbs/api/encoders/text.ipynb #9bb1aed7
 class BagOfTokens(Encoder):
@@ -57,7 +57,7 @@ class BagOfTokens(Encoder):
 
 # %% ../../nbs/api/encoders/text.ipynb #3cb4bd8d
 class TransformersEncoder(Encoder):
-    "A text model of `transformers`, mean of its last states; `MissingError` without the extra `text` or a `model_type`."
+    "A text model of `transformers`, mean of its states; `MissingError` without the extra `text` or a `model_type`."
     standardise = None
     def __init__(self,
         config:dict, # as `config.to_dict()` gives it: `{"model_type": "bert", "hidden_size": 128, ...}`
