@@ -52,6 +52,7 @@ class _People:
     findings:np.ndarray # `(rows, 6)`
     died:np.ndarray # `(rows,)`, 0 or 1
 
+# %% ../../nbs/api/data/mimic.ipynb #b263d1dc
 def _signs(rows, draws): return 2. * torch.randint(2, (rows, BITS), generator=draws) - 1
 
 def _people(ids, p, noise, loadings, draws):
@@ -196,6 +197,7 @@ def _checked_settings(rows, side, length, p, layout, noise, seed):
     return f".{layout}", dict(rows=rows, side=side, length=length, p=float(p), layout=layout, noise=float(noise),
                               seed=check_whole("seed", seed, 0))
 
+# %% ../../nbs/api/data/mimic.ipynb #6d009e71
 def _write_csv(path, **columns): pd.DataFrame(columns).to_csv(path, index=False)
 
 def _write_all(base, place, ending, people, waves, seed, draws, bar):
@@ -437,6 +439,7 @@ def _known_corruption(folder, ids):
     table = pd.read_csv(file, index_col="hadm_id").reindex(ids)[["cxr", "ecg", "labs"]]
     return torch.from_numpy(table.to_numpy() == 1)
 
+# %% ../../nbs/api/data/mimic.ipynb #fe4f6dee
 def symile_mimic(
     folder:str|Path, # holds `data_npy`, or `split1`, `split2`, ...
     split:str="train", # `"train"`, `"val"`, `"val_retrieval"` or `"test"`
