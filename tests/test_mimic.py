@@ -318,9 +318,7 @@ def test_the_template_on_files_of_ones_own(folder, tmp_path):
 
 @pytest.mark.parametrize("given, words", [
     (["-p", "epoch", "3"], "parameter: 'epoch' is unknown"),
-    (["-p", "recipe", "papers"], "did you mean 'paper'"),
-    (["-p", "folder", ".", "-p", "p", "0.5"], "p is for the look-alike"),
-    (["-p", "folder", "nowhere"], "no folder nowhere")])
+    (["-p", "folder", ".", "-p", "p", "0.5"], "p is for the look-alike")])
 def test_a_wrong_parameter_stops_the_template(given, words, tmp_path):
     done = papermill(tmp_path, *given)
     assert done.returncode != 0 and words in done.stderr
