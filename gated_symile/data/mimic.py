@@ -238,7 +238,7 @@ def write_symile_mimic(
     if _is_made(folder, settings): return folder
     draws, waves = generator(seed), _waves(side, length)
     loadings = torch.randn(BITS, 50, generator=draws) / BITS**.5
-    ids = 20_000_000 + torch.randperm(sum(rows), generator=draws).numpy()
+    ids = 90_000_000 + torch.randperm(sum(rows), generator=draws).numpy()
     parts = np.split(ids, np.cumsum(rows)[:2])
     people = {name: _people(part, p, noise, loadings, draws) for name, part in zip(("train", "val", "test"), parts)}
     todo = 2*(sum(rows) + rows[1])                                           # X-rays and ECGs
