@@ -13,7 +13,7 @@ from gated_symile import (
 )
 from gated_symile import (
     BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
-    register_encoder, tcga_brca,
+    register_encoder, symile_mimic, SymileMIMIC, tcga_brca, write_symile_mimic,
 )
 from gated_symile.data.xor import xor_information
 from gated_symile.model import read_about
@@ -60,6 +60,15 @@ def many_kinds() -> list[nn.Module]:
     tables: list[nn.Module] = [Rooted(4, 8), ResidualMLP(4, 8), MaskedMLP(4, 8, widths=[16, 32])]
     frozen = Frozen(nn.Linear(4, 4), Rooted(4, 8))
     return [*tables, SmallCNN(8, channels=1, spatial_dims=1), BagOfTokens(100, 8), frozen]
+
+
+def admissions(folder: Path) -> float:
+    found: SymileMIMIC = symile_mimic(write_symile_mimic(folder, rows=(24, 10, 10)), "test")
+    x_rays: MultimodalDataset = found.rows
+    ten_each: Tensor | None = found.candidates
+    assert ten_each is not None and ten_each.shape == (len(x_rays), 10)
+    share: float = found.labels["Edema"].mean()
+    return share
 
 
 def packaged() -> dict[str, float]:
@@ -162,6 +171,7 @@ def main(folder: Path) -> None:
     assert len(keep(model, test, folder)) == 6
     assert len(loop(*first.modalities.values())) == len(first) and "Softest" in registered()
     assert all(isinstance(encoder, nn.Module) for encoder in many_kinds()) and len(packaged()) > 2
+    assert 0 <= admissions(folder/"look_alike") <= 1
     floor = make(data, LinearGaussian(ridge=None))
     fit(floor, first, valid, target="A", progress=False)
     labels = [i % 2 for i in range(len(first))], [i % 2 for i in range(len(test))]
