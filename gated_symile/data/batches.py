@@ -70,7 +70,8 @@ def fetched(
 ) -> Iterator[dict[str, Tensor]|GatedSymileError]: # for each batch its rows, or what was wrong with one
     "Batches of rows, in order; draws no random number of anybody else; `DataError` if a worker dies."
     loader = DataLoader(_Reader(modalities, present), batch_size=None, sampler=batches, pin_memory=pin,
-                        num_workers=min(workers, len(batches)), collate_fn=_as_it_is, generator=torch.Generator().manual_seed(0))
+                        num_workers=min(workers, len(batches)), collate_fn=_as_it_is,
+                        generator=torch.Generator().manual_seed(0))
     with naming_the_dead(workers): yield from loader
 
 # %% ../../nbs/api/data/batches.ipynb #41aa0ee9
