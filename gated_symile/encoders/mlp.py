@@ -18,6 +18,7 @@ def _block(in_features, width, norm, dropout):
 
 class MLP(Encoder):
     "A multilayer perceptron; `RangeError` for a size below 1 or a share outside [0, 1], `DtypeError` for no number."
+    standardise = "columns"
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
