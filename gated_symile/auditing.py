@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'EMBEDDING_KINDS', 'noise_of_own_length', 'audit', 'audit_sc
 
 # %% ../nbs/api/auditing.ipynb #92cbf42a
 import inspect, math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import Tensor
 from .core import unit, DataError, DtypeError, MissingError
 from .data.corruption import apply_corruption, Gaussian, Missing, Swap
 from .data.dataset import MultimodalDataset
+from .data.rows import Chosen, Replaced, Rows
 from .fragility import top_weights
 from .model import evaluating, MultimodalModel
 from .objectives.base import Objective
@@ -48,8 +49,19 @@ def _spoilt(dataset, m, queries, kind, seed):
     rows = hits[:, m].to(left.device) & left
     if not rows.any():
         raise MissingError(f"no row has {name!r}, not known to be corrupted, and something left to ask by")
-    x = torch.where(rows[:, None], spoilt.modalities[name], dataset.modalities[name])
-    return replace(dataset, modalities={**dataset.modalities, name: x}), rows.cpu()
+    x = _where(rows, spoilt.modalities[name], dataset.modalities[name])
+    present = dataset.present
+    if spoilt.present is not None:
+        before = torch.ones_like(spoilt.present) if present is None else present
+        present = torch.where(rows[:, None], spoilt.present, before)
+    return replace(dataset, modalities={**dataset.modalities, name: x}, present=present), rows.cpu()
+
+def _where(rows, one, other):
+    "One where `rows` say so, the other elsewhere; nothing is read."
+    if isinstance(one, Rows):
+        at = rows.nonzero().flatten().cpu()
+        return one if one is other else Replaced(other, at, Chosen(one, at))
+    return torch.where(rows.view(-1, *[1]*(one.dim() - 1)), one, other)
 
 # %% ../nbs/api/auditing.ipynb #70d27797
 def _with_present(score):
@@ -93,14 +105,17 @@ def _audit(embed, score, dataset, target, k, kinds, bank_size, generator):
                 spoilt, rows = _spoilt(dataset, m, queries, kind, seed)
                 changed = [embed(spoilt, names[m]) if i == m else e for i, e in enumerate(embeddings)]
                 line = _line(before[rows], tops(spoilt, changed)[rows], chance[rows], seed)
-            except MissingError as error: line = dict(n=0, worse=0, better=0, note=str(error))
+            except (MissingError, DtypeError) as error:
+                if isinstance(error, DtypeError) and dataset.modalities[names[m]].dtype.is_floating_point: raise
+                line = dict(n=0, worse=0, better=0, note=str(error))       # of numbers of words there is no noise
             lines.append(dict(metric=f"top{k}", modality=names[m], kind=word, **line))
     return pd.DataFrame(lines, columns=_COLUMNS)
 
 # %% ../nbs/api/auditing.ipynb #5574960b
 def audit(
     model:MultimodalModel, # any
-    dataset:MultimodalDataset, # the model's modalities, raw; rows without the target or any query are left out
+    # the model's modalities, raw; rows without the target or any query are left out; batches are gathered in memory
+    dataset:MultimodalDataset|Iterable,
     target:str, # name of the modality to be found
     k:int=1, # a row counts as found when the true one is among the first k
     kinds:dict[str, Callable]=KINDS, # word -> corruption of the raw rows, as in `apply_corruption`

@@ -6,7 +6,7 @@
 __all__ = ['FILED', 'Bank', 'encode_bank', 'retrieve', 'load_bank', 'save_bank']
 
 # %% ../nbs/api/bank.ipynb #2b4fdae1
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 
 from .core import (check_finite, check_name, check_whole, whole_file, DataError, DtypeError, MissingError,
                                ShapeError)
-from .data.dataset import MultimodalDataset
+from .data.batches import check_batches, given_batches
+from .data.dataset import gather, MultimodalDataset
+from .data.rows import Rows
 from .model import evaluating, MultimodalModel
 from .search import score_of, top_k
 
@@ -46,35 +48,64 @@ class Bank:
         return f"Bank({len(self)} candidates, {self.embeddings.shape[1]} numbers each, {self.embeddings.dtype})"
 
 # %% ../nbs/api/bank.ipynb #680e78e5
-def _encoded(model, dataset, name, block_size, progress) -> Iterator[tuple[int, Tensor]]:
-    "The first row and the embeddings of one block of rows after the other, from the model's device."
-    model.check(dataset, [name])
-    rows, here = dataset.modalities[name], dataset.is_present(name)
-    starts = range(0, len(dataset), check_whole("block_size", block_size, 1))
-    for start in tqdm(starts, desc=f"encode {name}", unit="block", delay=2, leave=False, disable=not progress):
-        yield start, model.encode_modality(name, *(x[start:start + block_size].to(model.device) for x in (rows, here)))
+def _encoded(model, dataset, name, block_size, progress) -> Iterator[tuple[Tensor, Tensor|None]]:
+    "Embeddings of one block of rows after the other, from the model's device, and which are present (`None`: all)."
+    bar = tqdm(desc=f"encode {name}", unit="row", delay=2, leave=False, disable=not progress,
+               total=len(dataset) if isinstance(dataset, MultimodalDataset) else None)
+    with bar:
+        for block, here in _blocks(model, dataset, name, block_size):
+            yield block, here
+            bar.update(len(block))
+
+def _blocks(model, dataset, name, block_size):
+    "What `_encoded` gives, of a dataset or of batches; the first batch is looked at as a dataset is."
+    if isinstance(dataset, MultimodalDataset):
+        model.check(dataset, [name])
+        for block in model.encoded(dataset, name, block_size): yield block, None
+        return
+    m = model.names.index(check_name("target", name, model.names))
+    for n, (batch, present) in enumerate(given_batches(dataset, model.names, model.device, "candidates")):
+        if name not in batch: raise MissingError(f"candidates: batch {n} lacks {name!r}; it has {list(batch)}")
+        here = None if present is None else present[:, m]
+        if n == 0: model.check(MultimodalDataset({name: batch[name]}, None if here is None else here[:, None]), [name])
+        yield model.encode_modality(name, batch[name], here), here
 
 def _as_dataset(rows, name):
-    "Rows of one modality as a dataset; errors of `MultimodalDataset`, `UnknownNameError` if the modality isn't there."
-    return MultimodalDataset({name: rows}) if isinstance(rows, Tensor) else rows.select(name)
+    "Rows of one modality as a dataset, batches as they are; errors of `MultimodalDataset`, `UnknownNameError`."
+    if isinstance(rows, (Tensor, Rows, np.ndarray)): return MultimodalDataset({name: rows})
+    if isinstance(rows, MultimodalDataset): return rows.select(name)
+    check_batches(rows, "candidates")
+    return rows
 
 def encode_bank(
     model:MultimodalModel, # any
-    candidates:MultimodalDataset|Tensor, # raw rows: `(N, features)`, or a dataset that holds the target
+    # raw rows: `(N, ...)`, or a dataset that holds the target, or batches of `given_batches`, encoded one at a time
+    candidates:MultimodalDataset|Tensor|Rows|Iterable,
     target:str, # name of the target modality
     block_size:int=1024, # how many rows are encoded at a time
     progress:bool=True, # whether a progress bar is shown where it takes more than two seconds
 ) -> Bank: # without the rows in which the target is missing; ids are those of the dataset, or row numbers
     "Encode candidates; `MissingError` if the target is missing in all rows, and the errors of the model."
-    dataset, whole = _as_dataset(candidates, target), None
-    rows, ids = dataset.is_present(target).nonzero().flatten().tolist(), dataset.ids
-    if not rows: raise MissingError(f"bank: {target!r} is missing in all of its {len(dataset)} rows")
-    if len(rows) < len(dataset): dataset, ids = dataset[rows], [i if ids is None else ids[i] for i in rows]
-    with evaluating(model):
-        for start, block in _encoded(model, dataset, target, block_size, progress):
-            if whole is None: whole = block.new_empty(len(dataset), block.shape[1])
-            whole[start:start + len(block)] = block
-    return Bank(whole, ids)
+    dataset, ids, parts = _as_dataset(candidates, target), None, []
+    if isinstance(dataset, MultimodalDataset):
+        rows, ids = dataset.is_present(target).nonzero().flatten().tolist(), dataset.ids
+        if not rows: raise MissingError(f"bank: {target!r} is missing in all of its {len(dataset)} rows")
+        if len(rows) < len(dataset): dataset, ids = dataset[rows], [i if ids is None else ids[i] for i in rows]
+        with evaluating(model): return Bank(_joined(_encoded(model, dataset, target, block_size, progress), len(rows)), ids)
+    with evaluating(model): parts = list(_encoded(model, dataset, target, block_size, progress))
+    there = [torch.ones(len(block)).bool() if here is None else here.cpu() for block, here in parts]
+    if not any(here.any() for here in there): raise MissingError(f"bank: {target!r} is missing in all batches")
+    rows = torch.cat(there).nonzero().flatten().tolist()
+    whole = torch.cat([block[here.to(block.device)] for (block, _), here in zip(parts, there)])
+    return Bank(whole, None if len(rows) == sum(map(len, there)) else rows)
+
+def _joined(blocks, rows):
+    "All blocks in one tensor that is made once."
+    whole, start = None, 0
+    for block, _ in blocks:
+        if whole is None: whole = block.new_empty(rows, block.shape[1])
+        whole[start:start + len(block)], start = block, start + len(block)
+    return whole
 
 # %% ../nbs/api/bank.ipynb #384b4e44
 def _ask(model, queries, target, block_size):
@@ -101,8 +132,9 @@ def _as_table(queries, bank, scores, found):
 # %% ../nbs/api/bank.ipynb #0e8d794a
 def retrieve(
     model:MultimodalModel, # any
-    queries:MultimodalDataset|dict[str, Tensor], # raw query modalities, `(B, features)` each; a target is not looked at
-    bank:Bank|MultimodalDataset|Tensor, # encoded candidates, or raw: a dataset with the target, or `(N, features)`
+    # raw query modalities, `(B, ...)` each, or batches, which are gathered in memory; a target is not looked at
+    queries:MultimodalDataset|dict[str, Tensor]|Iterable,
+    bank:Bank|MultimodalDataset|Tensor|Rows|Iterable, # encoded candidates, or raw, as for `encode_bank`
     target:str, # name of the target modality
     k:int=10, # how many candidates to return for each query, `1 <= k <= N`
     block_size:int=1024, # how many rows are encoded at a time
@@ -112,6 +144,7 @@ def retrieve(
     "The k best candidates of each query; `UnknownNameError`, `MissingError`, errors of the model and of `top_k`."
     t = model.names.index(check_name("target", target, model.names))
     if isinstance(queries, dict): queries = MultimodalDataset(queries)
+    if not isinstance(queries, MultimodalDataset): queries = gather(queries, model.names, "queries")
     for name in queries.names: check_name("queries", name, model.names)
     with evaluating(model):
         embeddings, present = _ask(model, queries, target, block_size)
@@ -141,7 +174,8 @@ FILED = {"float16": torch.float16, "float32": torch.float32}
 
 def save_bank(
     model:MultimodalModel, # any
-    candidates:MultimodalDataset|Tensor, # raw rows, all with the target: `(N, features)`, or a dataset that holds it
+    # raw rows, all with the target: `(N, ...)`, or a dataset that holds it, or batches, of which one is held at a time
+    candidates:MultimodalDataset|Tensor|Rows|Iterable,
     target:str, # name of the target modality
     path:str|Path, # where to, such as `"bank.npy"`
     precision:str="float32", # in which to store: `"float32"`, or `"float16"` for half the size
@@ -150,13 +184,24 @@ def save_bank(
 ) -> Bank: # in its file, as from `load_bank`, with the ids of the dataset
     "Encode into a file, all or nothing; `MissingError` for rows without target, `OutputError`, errors of the model."
     dataset, dtype = _as_dataset(candidates, target), FILED[check_name("precision", precision, FILED)]
-    if absent := (~dataset.is_present(target)).nonzero().flatten().tolist():
+    whole = isinstance(dataset, MultimodalDataset)
+    if whole: _check_all_there(dataset.is_present(target), target)
+    with evaluating(model), whole_file(path) as file:
+        start, about = 0, None
+        for block, here in _encoded(model, dataset, target, block_size, progress):
+            if here is not None: _check_all_there(here, target, start)
+            check_finite(block := block.to("cpu", dtype).contiguous(), f"{target!r} in {precision}", start)
+            if about is None:                                              # there is room for any number of rows
+                about = npy.header_data_from_array_1_0(block.numpy())
+                npy.write_array_header_1_0(file, {**about, "shape": (0, block.shape[1])})
+            file.write(block.numpy())
+            start += len(block)
+        if about is None: raise MissingError("candidates: there is no batch")
+        file.seek(0); npy.write_array_header_1_0(file, {**about, "shape": (start, block.shape[1])})
+    return load_bank(path, dataset.ids if whole else None)
+
+def _check_all_there(here, target, start=0):
+    "`MissingError` with the first rows that lack the target."
+    if absent := (~here).nonzero().flatten().add(start).tolist():
         raise MissingError(f"candidates: {target!r} is missing in {len(absent)} rows, the first: {absent[:5]}; "
                            "leave them out")
-    with evaluating(model), whole_file(path) as file:
-        for start, block in _encoded(model, dataset, target, block_size, progress):
-            check_finite(block := block.to("cpu", dtype).contiguous(), f"{target!r} in {precision}", start)
-            about = npy.header_data_from_array_1_0(block.numpy())
-            if start == 0: npy.write_array_header_1_0(file, {**about, "shape": (len(dataset), block.shape[1])})
-            file.write(block.numpy())
-    return load_bank(path, dataset.ids)

@@ -8,8 +8,8 @@ __all__ = ['PRECISIONS', 'schedule_free', 'near_equal_batches', 'fit']
 # %% ../nbs/api/training.ipynb #1d9b64c0
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from functools import partial
 
 import pandas as pd
@@ -21,10 +21,11 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 
 from .core import (check_name, check_range, check_whole, generator, DtypeError, GatedSymileError,
                                MissingError, NonFiniteError, UnknownNameError)
-from .data.dataset import MultimodalDataset
+from .data.batches import check_batches, given_batches, naming_the_dead, read_batches
+from .data.dataset import gather, MultimodalDataset
 from .gate.gate import ModalityGate
 from .model import evaluating, MultimodalModel
-from .search import keep_rows, rank_in_banks, ranking_rows, score_of, teaching_rows
+from .search import keep_rows, rank_usable, teaching_rows, usable_rows
 
 # %% ../nbs/api/training.ipynb #a5bd6098
 def schedule_free(
@@ -58,17 +59,8 @@ def near_equal_batches(
 # %% ../nbs/api/training.ipynb #de2ef2f7
 def _batches(train, batch_size, draws, device, names):
     "The batches of an epoch, on the device: rows of these modalities, as far as they are there, and `present`."
-    if isinstance(train, MultimodalDataset):
-        for rows in near_equal_batches(len(train), batch_size, draws):
-            rows, there = rows.to(train.device), train.present
-            yield {name: x[rows] for name, x in train.modalities.items()}, None if there is None else there[rows]
-        return
-    for batch in train:
-        rows, present = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        if not isinstance(rows, dict):
-            raise DtypeError(f"train: a batch must be a dict of tensors, or with present, got {type(rows).__name__}")
-        rows = {name: rows[name].to(device) for name in names if name in rows}
-        yield rows, None if present is None else present.to(device)
+    if not isinstance(train, MultimodalDataset): return given_batches(train, names, device, "train")
+    return read_batches(train, near_equal_batches(len(train), batch_size, draws), device=device)
 
 # %% ../nbs/api/training.ipynb #e490c4f0
 def _switch(optimiser, mode):
@@ -178,40 +170,46 @@ def _check_device(device):
 # %% ../nbs/api/training.ipynb #e5601d4c
 def _check_loader(model, train):
     "Batches of one's own: whether they can be gone through, and are understood."
-    if not isinstance(train, Iterable) or isinstance(train, Iterator):
-        raise DtypeError("train must be a dataset, or batches that can be gone through again and again, "
-                         f"got {type(train).__name__}")
+    check_batches(train, "train")
     if model.standardiser is not None and not model.standardiser.fitted:
         raise MissingError("train: means and scales can't be learnt from batches: call model.standardiser.fit(rows) "
                            "with rows to learn them from, or make the model with standardise=False")
 
-def _usable(model, train, valid, target):
-    "The rows that can be used; batches of one's own as they are."
-    check_name("target", target, model.names)
-    if not isinstance(valid, MultimodalDataset):
+def _as_dataset(valid, names):
+    "Validation rows as a dataset; batches are gathered in memory."
+    if isinstance(valid, MultimodalDataset): return valid.select(names)
+    if not isinstance(valid, Iterable) or isinstance(valid, dict):
         raise DtypeError(f"valid must be a MultimodalDataset, got {type(valid).__name__}")
-    valid = valid.select(model.names)
+    return gather(valid, names, "valid").select(names)
+
+def _usable(model, train, valid, target, bank_size, candidates):
+    "The rows that can be used, batches of one's own as they are; and what more it takes to rank `valid`."
+    check_name("target", target, model.names)
+    valid = _as_dataset(valid, model.names)
     if isinstance(train, MultimodalDataset):
         train = train.select(model.names)
         train = keep_rows(train, teaching_rows(train), 2, "train", "two modalities")
         rare = {name: n for name in train.names if (n := int(train.is_present(name).sum())) < 2}
         for name, n in rare.items(): raise MissingError(f"train: {name!r} is present in {n} rows, at least 2 must be")
     else: _check_loader(model, train)
-    return train, keep_rows(valid, ranking_rows(valid, target), 1, "valid", f"{target!r} or of any other modality")
+    return train, *usable_rows(valid, target, bank_size, candidates, "valid")
 
-def _prepare(model, train, valid, target, bank_size, device):
-    "Usable rows and the model on the device; means and scales known, and everything understood."
-    train, valid = _usable(model, train, valid, target)
+def _prepare(model, train, valid, target, bank_size, candidates, device):
+    "Usable rows and the model on the device; means and scales known, everything understood, some rows read."
+    train, valid, *lists = _usable(model, train, valid, target, bank_size, candidates)
     if bank_size is not None: check_whole("bank_size", bank_size, 2, len(valid))
     if not any(p.requires_grad for p in model.parameters()):
         raise MissingError("model: every parameter is frozen, so there is nothing to train")
     known = {"train": train, "valid": valid} if isinstance(train, MultimodalDataset) else {"valid": valid}
+    def look(how):
+        for what, rows in known.items():
+            try: how(rows)
+            except GatedSymileError as error: raise type(error)(f"{what}: {error}") from error
+    look(lambda rows: rows.check(progress=False))
     if model.standardiser is not None and not model.standardiser.fitted: model.standardiser.fit(train)
-    for what, rows in known.items():
-        try: model.check(rows)
-        except GatedSymileError as error: raise type(error)(f"{what}: {error}") from error
+    look(model.check)
     model.to(device)
-    return train.to(device) if "train" in known else train, valid.to(device)
+    return train.to(device) if "train" in known else train, valid.to(device), lists
 
 def _optimiser(model, optimiser, rates):
     "The optimiser, made by a person's function or by the numbers; `DtypeError` for something else."
@@ -219,18 +217,17 @@ def _optimiser(model, optimiser, rates):
     if callable(getattr(made, "step", None)) and callable(getattr(made, "zero_grad", None)): return made
     raise DtypeError(f"optimiser must give an optimiser, with step() and zero_grad(), got {type(made).__name__}")
 
-def _validate(model, valid, target, bank_size, autocast):
+def _validate(model, valid, target, bank_size, lists, autocast):
     "Top-1 and mean reciprocal rank."
     with evaluating(model), autocast():
-        embeddings, t = model.embed(valid, check=False), model.names.index(target)
-        ranks = rank_in_banks(score_of(model), embeddings, t, bank_size, valid.present)
+        ranks = rank_usable(model, model.embed(valid, check=False), valid.present, target, bank_size, *lists)
     return ranks.top(1).mean().item(), ranks.reciprocal().mean().item()
 
 # %% ../nbs/api/training.ipynb #af7c3fbb
 def fit(
     model:MultimodalModel, # is trained in place, and left on `device` in evaluation mode
     train:MultimodalDataset|Iterable, # rows as they were read; or batches: dicts of tensors, or pairs with `present`
-    valid:MultimodalDataset, # rows to choose the best epoch by
+    valid:MultimodalDataset|Iterable, # rows to choose the best epoch by; batches are gathered in memory
     target:str, # name of the modality that validation retrieves from the others
     epochs:int=60, # at most so many passes over `train`
     learning_rate:float=1e-3, # of encoders and objective
@@ -247,6 +244,7 @@ def fit(
     progress:bool=True, # whether to show a progress bar
     optimiser:Callable|None=None, # `model -> torch.optim.Optimizer`; `None`: `schedule_free`, by the numbers above
     callbacks:list[Callable]|tuple=(), # functions, each called with the line of history after every epoch
+    candidates:Tensor|None=None, # of each row of `valid` its own, `(rows, K)`, as for `rank_dataset`; `None`: all
 ) -> pd.DataFrame: # lines of `epoch`, `train_loss`, `valid_top1`, `valid_mrr`, `log_scale`, `gate_*`, `seconds`, `best`
     "Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step."
     rates = dict(learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, weight_decay=weight_decay,
@@ -258,18 +256,19 @@ def fit(
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
     epochs_bar = tqdm(range(1, epochs + 1), disable=not progress, unit="epoch")
     try:
-        train, valid = _prepare(model, train, valid, target, bank_size, device)
+        train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         descent = _optimiser(model, optimiser, rates)
         with torch.random.fork_rng(range(torch.cuda.device_count())), epochs_bar as bar:
             torch.manual_seed(seed)
             for epoch in bar:
                 start, batches = time.perf_counter(), _batches(train, batch_size, draws, device, model.names)
-                loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
+                with closing(batches), naming_the_dead(getattr(train, "workers", "your")):
+                    loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
                 steps, skipped = steps + n, skipped + unused
                 _switch(descent, "eval")
-                again = _batches(train, batch_size, generator(seed), device, model.names)
-                if hasattr(descent, "eval"): _refresh(model, again, autocast)
-                top1, mrr = _validate(model, valid, target, bank_size, autocast)
+                with closing(_batches(train, batch_size, generator(seed), device, model.names)) as again:
+                    if hasattr(descent, "eval"): _refresh(model, again, autocast)
+                top1, mrr = _validate(model, valid, target, bank_size, lists, autocast)
                 best.offer((top1, mrr), epoch, model)
                 history.append(dict(epoch=epoch, train_loss=loss, valid_top1=top1, valid_mrr=mrr,
                                     **_watched(model.objective), seconds=time.perf_counter() - start))

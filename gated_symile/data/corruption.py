@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core import check_name, check_range, DtypeError, MissingError, ShapeError
-from .dataset import column_moments, MultimodalDataset
+from .dataset import column_moments, MultimodalDataset, sample_rows
+from .rows import Chosen, Replaced, Rows, take_rows, Transformed
 
 # %% ../../nbs/api/data/corruption.ipynb #8b8262fe
 def other_rows(
@@ -33,9 +34,18 @@ class Swap:
     columns:slice|None=None # which columns come from the other row; `None`: all
 
     def __call__(self, x, rows, generator=None):
-        out, columns = x[rows], self.columns or slice(None)
-        out[:, columns] = x[other_rows(rows, len(x), generator)][:, columns]
+        others = other_rows(rows, len(x), generator)
+        if isinstance(x, Rows):
+            swapped = Chosen(x, others)
+            return swapped if self.columns is None else Transformed(Chosen(x, rows), self._mixed, swapped)
+        if self.columns is None: return x[others]
+        out = x[rows]
+        out[:, self.columns] = x[others][:, self.columns]
         return out
+    def _mixed(self, row, other):
+        "A row with columns of another."
+        row = row.clone(); row[self.columns] = other[self.columns]
+        return row
 
 # %% ../../nbs/api/data/corruption.ipynb #664b269f
 @dataclass(frozen=True)
@@ -47,11 +57,35 @@ class Gaussian:
     def __post_init__(self):
         if self.std is not None: check_range("std", self.std, 0)
     def __call__(self, x, rows, generator=None):
+        if not (x.dtype.is_floating_point or x.dtype == torch.uint8):
+            raise DtypeError(f"Gaussian: rows of {x.dtype} are numbers of something, of which there is no noise")
+        mean, std = (0., self.std) if self.std is not None else column_moments(_known(x))
+        if isinstance(x, Rows):
+            seeds = torch.randint(2**62, (len(rows),), generator=generator)
+            return Transformed(Chosen(x, rows), _Noise(mean, std, self.columns), seeds)
         out, columns = x[rows], self.columns or slice(None)
-        noise = torch.randn(out.shape, generator=generator).to(x)
-        mean, std = column_moments(x) if self.std is None else (0., self.std)
-        out[:, columns] = (mean + std * noise)[:, columns]
+        noise = torch.randn(out.shape, generator=generator).to(out if out.is_floating_point() else out.device)
+        out[:, columns] = _as_numbers_of(x, mean + std * noise)[:, columns]
         return out
+
+def _known(x):
+    "Rows to learn columns from: all in memory, else a sample."
+    return sample_rows(x) if isinstance(x, Rows) else x
+
+def _as_numbers_of(x, noise):
+    "Noise as such rows can hold it."
+    return noise.round().clamp(0, 255).byte() if x.dtype == torch.uint8 else noise.to(x.dtype)
+
+@dataclass(frozen=True)
+class _Noise:
+    "A row of noise by a seed of its own."
+    mean:Tensor|float; std:Tensor|float; columns:slice|None
+
+    def __call__(self, row, seed):
+        noise = self.mean + self.std * torch.randn(row.shape, generator=torch.Generator().manual_seed(int(seed)))
+        row, columns = row.clone(), self.columns or slice(None)
+        row[columns] = _as_numbers_of(row, noise)[columns]
+        return row
 
 # %% ../../nbs/api/data/corruption.ipynb #fde75717
 @dataclass(frozen=True)
@@ -65,21 +99,23 @@ class Flip:
         out = x[rows]
         widths = [out[:, columns].shape[1] for columns in self.copies]
         if len(set(widths)) != 1: raise ShapeError(f"copies must be equally wide, got widths {widths}")
-        flipped = torch.rand(len(rows), widths[0], generator=generator).to(x) < self.p_flip
+        flipped = torch.rand(len(rows), widths[0], generator=generator).to(out) < self.p_flip
         for columns in self.copies: out[:, columns] = torch.where(flipped, -out[:, columns], out[:, columns])
         return out
 
 # %% ../../nbs/api/data/corruption.ipynb #878bb101
 @dataclass(frozen=True)
 class Missing:
-    "Missing: NaN throughout, so that the row's modality is no longer present."
-    def __call__(self, x, rows, generator=None): return torch.full_like(x[rows], torch.nan)
+    "Missing: NaN throughout, so that the row's modality is no longer present; `None` where rows can't say so."
+    def __call__(self, x, rows, generator=None):
+        return torch.full_like(x[rows], torch.nan) if isinstance(x, Tensor) and x.is_floating_point() else None
 
 # %% ../../nbs/api/data/corruption.ipynb #87b768ee
 def apply_corruption(
     dataset:MultimodalDataset, # stays as it is
     hits:Tensor, # bool `(rows, M)`: what to corrupt; absent modalities are passed over
-    kind:Callable|dict[str, Callable], # `kind(x, rows, generator) -> replacement of x[rows]`, or one for each name
+    # `kind(x, rows, generator) -> replacement of x[rows]`, a tensor or `Rows`, or `None` for missing; or one for each name
+    kind:Callable|dict[str, Callable],
     generator:torch.Generator|None=None, # CPU generator
 ) -> MultimodalDataset: # with `corrupted` set
     "Corrupt what `hits` marks; `DtypeError` for a kind that can't be called, `UnknownNameError` for none."
@@ -88,16 +124,25 @@ def apply_corruption(
         if not callable(one) or isinstance(one, type):
             raise DtypeError(f"kind must be a corruption such as Swap(), got {one!r}")
     hits = hits.to(dataset.device) if dataset.present is None else hits.to(dataset.device) & dataset.present
-    modalities = dict(dataset.modalities)
+    modalities, present = dict(dataset.modalities), dataset.present
     for m in hits.any(0).nonzero().flatten().tolist():
         name = check_name("kind", dataset.names[m], kinds)
         there = dataset.is_present(name).nonzero().flatten()            # the present rows; `rows` counts among them
         rows = hits[there, m].nonzero().flatten()
-        x = modalities[name].clone()
-        x[there[rows]] = kinds[name](x[there], rows, generator)
-        modalities[name] = x
+        new = kinds[name](take_rows(modalities[name], there), rows, generator)
+        if new is None:
+            present = torch.ones_like(hits) if present is None else present.clone()
+            present[there[rows], m] = False
+        else: modalities[name] = _with_rows(modalities[name], there[rows], new)
     if dataset.corrupted is not None: hits = hits | dataset.corrupted
-    return replace(dataset, modalities=modalities, corrupted=hits)
+    return replace(dataset, modalities=modalities, present=present, corrupted=hits)
+
+def _with_rows(x, at, new):
+    "Rows some of which are replaced: of a tensor a copy, of others a view."
+    if isinstance(x, Rows): return Replaced(x, at, new)
+    x = x.clone()
+    x[at] = new[:].to(x.device) if isinstance(new, Rows) else new
+    return x
 
 # %% ../../nbs/api/data/corruption.ipynb #7714b531
 def corrupt(
