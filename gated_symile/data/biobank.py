@@ -318,6 +318,7 @@ def ukb(
     id:str="eid", # the column that names the people
     id_maps:dict|None=None, # modality -> table of its own ids and those they stand for; `None`: `id_maps/MODALITY.csv`
     memory:float=512, # about how many MiB the turning may take
+    workers:int=0, # processes that read mapped rows; 0: none beside the one that asks
     progress:bool=True, # whether progress bars are shown for what takes more than two seconds
 ) -> MultimodalDataset: # ids as text, `columns` by name; whoever isn't in a table is absent there
     "Tables of half a million people; `FileNotFoundError`, `DataError` and the other errors say what is wrong."
@@ -331,7 +332,7 @@ def ukb(
     columns = {name: table.columns for name, table in tables.items()}
     modalities = rows if cache is not None else {name: x[:] for name, x in rows.items()}
     present = torch.stack([p >= 0 for p in places.values()], 1)
-    return MultimodalDataset(modalities, present, ids=ids, columns=columns)
+    return MultimodalDataset(modalities, present, ids=ids, columns=columns, workers=workers)
 
 # %% ../../nbs/api/data/biobank.ipynb #06ed6eec
 def ukb_splits(
