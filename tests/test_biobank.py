@@ -1,6 +1,8 @@
 "The biobank: a look-alike is what it says, mapped rows are those of the files, and nothing is half-written."
+import json
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ import pytest
 import torch
 from pyarrow import ipc
 
-from gated_symile.core import DataError, DtypeError, GatedSymileError, NonFiniteError, OutputError, UnknownNameError
+from gated_symile.core import (DataError, DtypeError, GatedSymileError, NonFiniteError, OutputError, RangeError,
+                               UnknownNameError)
 from gated_symile.data import biobank
 from gated_symile.data.batches import read_batches
 from gated_symile.data.biobank import constant_where_absent, Placed, Released, ukb, ukb_splits, write_ukb
@@ -115,7 +118,7 @@ def test_mapped_and_read_are_what_pandas_reads(folder, tmp_path, join, memory):
 @pytest.mark.parametrize("batch", [7, 100, 10**6])
 @pytest.mark.parametrize("compression", ["lz4", "uncompressed"])
 def test_feather_by_other_hands(tmp_path, batch, compression):
-    "Any number of record batches, compressed or not, integers, yes and no, half and double precision, nulls; ids anywhere."
+    "Record batches, compressed or not, integers, yes and no, half and double precision, nulls; ids anywhere."
     n, rng = 250, np.random.default_rng(0)
     table = pa.table({"a": pa.array(rng.integers(0, 9, n), mask=rng.random(n) < .2), "b": rng.standard_normal(n),
                       "eid": rng.permutation(n), "c": pa.array(rng.random(n) < .5, mask=rng.random(n) < .2),
@@ -232,7 +235,8 @@ def test_mapped_rows_train_and_rank_as_those_in_memory(folder, tmp_path):
 
 def test_who_lacks_proteins_is_one_constant_vector_or_left_out(folder):
     rows = ukb(folder)
-    model = MultimodalModel({name: MaskedMLP(width, 4, [8]) for name, width in WIDTHS.items()}, make_objective("Symile", 3, 4))
+    encoders = {name: MaskedMLP(width, 4, [8]) for name, width in WIDTHS.items()}
+    model = MultimodalModel(encoders, make_objective("Symile", 3, 4))
     model.standardiser.fit(rows)
     constant = constant_where_absent(rows)
     assert constant.present is None and torch.equal(constant_where_absent(constant).modalities["ehr"][:],
@@ -240,9 +244,9 @@ def test_who_lacks_proteins_is_one_constant_vector_or_left_out(folder):
     e, there = quietly(model.embed, constant)[0], rows.is_present("olink")
     assert e[~there].unique(dim=0).shape[0] == 1 and e[there].unique(dim=0).shape[0] == there.sum()
     torch.testing.assert_close(e[there], quietly(model.embed, rows)[0][there])
-    train = rows[:1000]
-    assert torch.equal(constant_where_absent(rows[1000:], like=train).modalities["nmr"][:][~rows.is_present("nmr")[1000:]][0],
-                       constant_where_absent(train).modalities["nmr"][:][~rows.is_present("nmr")[:1000]][0])
+    lacking = lambda part, like: constant_where_absent(part, like).modalities["nmr"][:][~part.is_present("nmr")]
+    train, test = rows[:1000], rows[1000:]
+    assert torch.equal(lacking(test, train)[0], lacking(train, None)[0])       # that of training
 
 
 def test_pages_are_given_back(tmp_path):
@@ -253,3 +257,53 @@ def test_pages_are_given_back(tmp_path):
     for at in torch.randperm(4000, generator=torch.Generator().manual_seed(0)).split(100): rows[at]
     assert held() - before < 1500                                              # pages of 4096 bytes that are shared
     assert rows[:].sum() == 0 and Placed(rows, torch.tensor([-1, 0]))[[0]].isnan().all()
+
+
+# The template
+
+TEMPLATE = json.loads((Path(__file__).parent.parent/"nbs"/"experiments"/"biobank.ipynb").read_text(encoding="utf-8"))
+
+def run_template(**parameters):
+    "Its cells with other parameters, one after the other; what they define."
+    names = {"__name__": "__main__"}
+    for cell in TEMPLATE["cells"]:
+        if cell["cell_type"] != "code": continue
+        exec("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []): names.update(parameters)
+    return names
+
+
+WRONG = {
+    "a name": (dict(joins="union"), UnknownNameError, ["parameter", "'joins'", "did you mean 'join'"]),
+    "a join": (dict(join="both"), UnknownNameError, ["join", "'both'", "'intersect'"]),
+    "an objective": (dict(objectives=["Simile"]), UnknownNameError, ["objectives", "did you mean 'Symile'"]),
+    "a recipe": (dict(recipe="large"), UnknownNameError, ["recipe", "'paper'"]),
+    "holes": (dict(holes="zero"), UnknownNameError, ["holes", "'mask'"]),
+    "absent": (dict(absent="zero"), UnknownNameError, ["absent", "'constant'"]),
+    "a count": (dict(people=3), RangeError, ["people"]),
+    "a folder": (dict(folder="/nothing/there"), FileNotFoundError, ["/nothing/there"]),
+}
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_template_refuses_before_it_trains(tmp_path, case):
+    parameters, error, parts = WRONG[case]
+    refused(error, *parts, call=lambda: run_template(out=str(tmp_path/"out"), **parameters))
+
+
+def test_the_template_runs_on_a_folder_and_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    parameters = dict(folder=str(folder), objectives=["Symile"], epochs=1, out=str(tmp_path/"out"),
+                      cache=str(tmp_path/"rows"))
+    refused(OutputError, "where the data are", call=lambda: run_template(**{**parameters, "out": str(folder/"out")}))
+    table = quietly(run_template, **parameters)["table"]
+    assert set(table["join"]) == {"intersect", "union"} and set(table["rows"]) == {"all", "all queries", "some queries"}
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    assert pd.read_parquet(tmp_path/"out"/"results.parquet").equals(table)
+    assert sorted(path.suffix for path in (tmp_path/"out").iterdir() if path.is_file()) == [".parquet", ".png", ".svg"]
+    def fail(*args, **kwargs): raise AssertionError("trained again")
+    monkeypatch.setattr("gated_symile.training.fit", fail)
+    assert quietly(run_template, **parameters)["table"].equals(table)
+    with pytest.raises(AssertionError, match="trained again"): quietly(run_template, **{**parameters, "seed": 1})
+    monkeypatch.undo()
+    counts = table[table["metric"] == "top1"].set_index(["join", "rows"])
+    assert counts.loc[("union", "all"), "candidates"] == counts.loc[("union", "all"), "n"].item()
+    assert len(quietly(run_template, **{**parameters, "absent": "constant", "holes": "mean", "join": "union"})["table"])
