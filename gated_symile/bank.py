@@ -17,9 +17,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
-from .core import (check_finite, check_name, check_whole, whole_file, DataError, DtypeError, MissingError,
+from .core import (check_finite, check_name, whole_file, DataError, DtypeError, MissingError,
                                ShapeError)
-from .data.batches import check_batches, given_batches
+from .data.batches import check_batches, given_batches, read_blocks
 from .data.dataset import gather, MultimodalDataset
 from .data.rows import Rows
 from .model import evaluating, MultimodalModel
@@ -61,7 +61,8 @@ def _blocks(model, dataset, name, block_size):
     "What `_encoded` gives, of a dataset or of batches; the first batch is looked at as a dataset is."
     if isinstance(dataset, MultimodalDataset):
         model.check(dataset, [name])
-        for block in model.encoded(dataset, name, block_size): yield block, None
+        for block in read_blocks(dataset, name, block_size, model.device):
+            yield model.encode_modality(name, *block), None
         return
     m = model.names.index(check_name("target", name, model.names))
     for n, (batch, present) in enumerate(given_batches(dataset, model.names, model.device, "candidates")):
@@ -86,12 +87,13 @@ def encode_bank(
     progress:bool=True, # whether a progress bar is shown where it takes more than two seconds
 ) -> Bank: # without the rows in which the target is missing; ids are those of the dataset, or row numbers
     "Encode candidates; `MissingError` if the target is missing in all rows, and the errors of the model."
-    dataset, ids, parts = _as_dataset(candidates, target), None, []
+    dataset = _as_dataset(candidates, target)
     if isinstance(dataset, MultimodalDataset):
         rows, ids = dataset.is_present(target).nonzero().flatten().tolist(), dataset.ids
         if not rows: raise MissingError(f"bank: {target!r} is missing in all of its {len(dataset)} rows")
         if len(rows) < len(dataset): dataset, ids = dataset[rows], [i if ids is None else ids[i] for i in rows]
-        with evaluating(model): return Bank(_joined(_encoded(model, dataset, target, block_size, progress), len(rows)), ids)
+        with evaluating(model): whole = _joined(_encoded(model, dataset, target, block_size, progress), len(rows))
+        return Bank(whole, ids)
     with evaluating(model): parts = list(_encoded(model, dataset, target, block_size, progress))
     there = [torch.ones(len(block)).bool() if here is None else here.cpu() for block, here in parts]
     if not any(here.any() for here in there): raise MissingError(f"bank: {target!r} is missing in all batches")

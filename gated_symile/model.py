@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MultimodalModel', 'evaluating', 'read_about']
 
 # %% ../nbs/api/model.ipynb #e7f8197e
-import json, math
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -17,9 +17,9 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import nn, Tensor
 
-from .core import (check_finite, check_name, check_present, check_whole, fill_missing, unit, upcast, whole_file,
+from .core import (check_finite, check_name, check_present, fill_missing, unit, upcast, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, ShapeError)
-from .data.batches import check_batches, given_batches, read_batches
+from .data.batches import check_batches, given_batches, read_batches, read_blocks
 from .data.dataset import joined_present, MultimodalDataset
 from .data.rows import Rows
 from .encoders import ENCODERS
@@ -122,19 +122,9 @@ class MultimodalModel(nn.Module):
         if not isinstance(dataset, MultimodalDataset): return self.embed_batches(dataset, names, check)[0]
         if check: self.check(dataset, names)
         with evaluating(self):
-            return [torch.cat(list(self.encoded(dataset, name, block_size))) for name in self._there(names, dataset.names)]
-
-    def encoded(self,
-        dataset:MultimodalDataset, # rows as they were read
-        name:str, # of the modality
-        block_size:int=4096, # how many rows are encoded at a time; fewer of large ones that are no table in memory
-    ) -> Iterator[Tensor]: # embeddings of one block `(b, D)` after the other
-        "The embeddings of one modality, block after block; errors of `encode_modality` and of reading."
-        x, m = dataset.modalities[name], dataset.names.index(name)
-        step = min(check_whole("block_size", block_size, 1), _most_rows(x))
-        blocks = [slice(start, start + step) for start in range(0, len(dataset), step)]
-        for batch, present in read_batches(dataset, blocks, [name], self.device):
-            yield self.encode_modality(name, batch[name], None if present is None else present[:, m])
+            return [torch.cat([self.encode_modality(name, *block) for block in
+                               read_blocks(dataset, name, block_size, self.device)])
+                    for name in self._there(names, dataset.names)]
 
     def embed_batches(self,
         batches:Iterable, # as of `given_batches`: dicts of tensors, or pairs with `present` in the order of `names`
@@ -192,16 +182,11 @@ class MultimodalModel(nn.Module):
         if isinstance(batch, MultimodalDataset):
             self.check(batch)
             chosen = batch.select(self.names)
-            batch = {name: x[:] if isinstance(x, Rows) else x for name, x in chosen.modalities.items()}
-            present = chosen.present if present is None else present
+            batch, present = chosen.modalities, chosen.present if present is None else present
+            if any(isinstance(x, Rows) for x in batch.values()): batch, _ = next(read_batches(chosen, [slice(None)]))
         else: self._there(None, list(batch))
         check_present(present, len(batch[self.names[0]]), len(self.names))
         return batch, present
-
-def _most_rows(x, numbers=2**24):
-    "How many rows are read at a time; a table in memory is only looked at."
-    if isinstance(x, Tensor) and x.dim() == 2: return len(x)
-    return max(1, numbers // math.prod(x.shape[1:]))
 
 def _as_dataset(batch, here):
     "Some modalities of a batch, with what is present of each."
@@ -244,7 +229,8 @@ def _described(model):
     parts = model.objective, *model.objective.children(), *encoders
     wide = [part.dim for part in parts if hasattr(part, "dim")]
     return {"format": FORMAT, "names": model.names, "dim": next((dim for dim in wide if isinstance(dim, int)), None),
-            "standardise": False if model.standardiser is None else model.standardiser.kinds or True, "columns": columns,
+            "standardise": False if model.standardiser is None else model.standardiser.kinds or True,
+            "columns": columns,
             "encoders": [_made(encoder, ENCODERS) for encoder in encoders],
             "objective": _made(model.objective, registered())}
 

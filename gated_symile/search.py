@@ -271,7 +271,7 @@ def rank_listed(
     present:Tensor|None=None, # bool `(B, M)`: which query modalities exist; `None`: all
     memory:float=64, # about how many MiB the search may take beyond the embeddings
 ) -> Ranks: # of all B queries among their own candidates, on the CPU
-    "Where the true one stands in each list; `RangeError`, `MissingError`, `ShapeError` for lists, errors of `rank_true`."
+    "Where the true one stands in each list; `RangeError`, `MissingError`, `ShapeError`, errors of `rank_true`."
     score, embeddings = _check_search(score, embeddings, target, present, memory)
     bank, like = embeddings[target], embeddings[0 if target else 1]
     candidates, truth = (x.to(like.device) for x in _check_listed(candidates, truth, len(like), len(bank)))
@@ -290,8 +290,8 @@ def _finite(bank, which, target):
     "Some candidates, if all their numbers are finite."
     x = bank[which.to(bank.device)]
     bad = which[(~x.isfinite().all(1)).to(which.device)].tolist()
-    if bad: raise NonFiniteError(f"embeddings[{target}] has NaN or infinity in {len(bad)} candidates, the first: {bad[:5]}")
-    return x
+    if not bad: return x
+    raise NonFiniteError(f"embeddings[{target}] has NaN or infinity in {len(bad)} candidates, the first: {bad[:5]}")
 
 def _listed_scores(score, block, target, present, memory, place):
     "Scores `(b, K)` of the candidates in these places of the block's bank."

@@ -142,7 +142,7 @@ class Standardiser(nn.Module):
     def fit(self,
         dataset:MultimodalDataset, # training rows, as they were read; their present values are what counts
     ) -> "Standardiser": # itself
-        "Learn means and scales anew, as of `sample_rows`; warns of constant columns; `MissingError`, errors of reading."
+        "Learn means and scales anew, as of `sample_rows`; warns of constant columns; `MissingError`, reading errors."
         for name in dataset.names:
             if not dataset.is_present(name).any(): raise MissingError(f"train has no row in which {name!r} is present")
         learnt = {name: self._learnt(dataset, name, x) for name, x in dataset.modalities.items()}

@@ -114,7 +114,7 @@ class Missing:
 def apply_corruption(
     dataset:MultimodalDataset, # stays as it is
     hits:Tensor, # bool `(rows, M)`: what to corrupt; absent modalities are passed over
-    # `kind(x, rows, generator) -> replacement of x[rows]`, a tensor or `Rows`, or `None` for missing; or one for each name
+    # `kind(x, rows, generator) -> replacement of x[rows]`, a tensor or `Rows`, `None` for missing; or one for each name
     kind:Callable|dict[str, Callable],
     generator:torch.Generator|None=None, # CPU generator
 ) -> MultimodalDataset: # with `corrupted` set

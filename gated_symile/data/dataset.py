@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
@@ -20,7 +19,7 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 from ..core import (check_name, check_whole, DtypeError, GatedSymileError, MissingError,
                                NonFiniteError, RangeError, ShapeError, UnknownNameError)
 from .batches import check_batches, fetched, given_batches
-from .rows import as_rows, Chosen, kept_dtype, Rows, take_rows
+from .rows import as_rows, kept_dtype, Rows, take_rows
 
 # %% ../../nbs/api/data/dataset.ipynb #446c79da
 def _checked_rows(name, x):
@@ -181,7 +180,7 @@ def _check(dataset, rows, unreadable, progress):
 @dataclass(frozen=True, eq=False, repr=False)
 class MultimodalDataset:
     "Modalities of the same rows, whose fields stay aligned whatever is taken. Errors name the field that is wrong."
-    # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, in which NaN
+    # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, NaN
     # is missing and infinity an error; integers as they are
     modalities:dict[str, Tensor|Rows]
     # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows in memory that hold nothing but NaN

@@ -125,7 +125,7 @@ class Files(Rows):
 
 # %% ../../nbs/api/data/rows.ipynb #1fdc9fbb
 class Mapped(Rows):
-    "Rows of a `.npy` file, or of any array, where they lie; `FileNotFoundError`, `DataError` for a file that is not whole."
+    "Rows of a `.npy` file, or of any array, where they lie; `FileNotFoundError`, `DataError` for a file not whole."
     def __init__(self,
         array:str|Path|object, # a `.npy` file, or what has `shape`, `dtype` and takes a list of row numbers
     ):
