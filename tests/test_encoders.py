@@ -115,6 +115,46 @@ def test_absent_rows_which_are_zero_have_an_embedding(case):
     assert encoder(torch.zeros_like(rows)).isfinite().all()
 
 
+def test_pictures_words_and_a_table_learn_together():
+    "Whatever is there: an absent row of zeros has no say, and everything that is not absent has."
+    torch.manual_seed(0)
+    model = MultimodalModel({"picture": SmallCNN(DIM, widths=[8]), "words": BagOfTokens(12, DIM, 16),
+                             "table": MaskedMLP(7, DIM, [16])}, Symile(), standardise=False)
+    batch, present = {"picture": floats(3, 8, 8), "words": ids(), "table": floats(7)}, torch.ones(ROWS, 3).bool()
+    present[0, 0] = present[1, 1] = False
+    def loss(batch): return model.loss(batch, present, generator(0))
+    whole = loss(batch)
+    whole.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.encoders.parameters())
+    absent = {"picture": batch["picture"].index_fill(0, torch.tensor([0]), torch.nan),
+              "words": batch["words"].index_fill(0, torch.tensor([1]), 99), "table": batch["table"]}
+    assert torch.equal(loss(absent), whole)
+
+
+def test_bytes_token_ids_and_holes_are_trained_on_as_they_are(tmp_path):
+    "Pictures by channel, ids untouched, holes in sight: chosen by the encoders, and the same after loading."
+    torch.manual_seed(0)
+    draws, kind = generator(1), torch.arange(64) % 4
+    pictures = torch.randint(60, (64, 3, 8, 8), generator=draws, dtype=torch.uint8)
+    pictures[torch.arange(64), kind % 3] += 40 * kind[:, None, None].byte()
+    table = torch.randn(64, 5, generator=draws) + kind[:, None]
+    data = MultimodalDataset({"picture": pictures, "words": torch.stack([kind + 1, 5 + kind % 2], 1),
+                              "table": table.masked_fill(torch.rand(64, 5, generator=draws) < 0.2, torch.nan)})
+    encoders = {"picture": SmallCNN(DIM, widths=[8]), "words": BagOfTokens(8, DIM, 16),
+                "table": MaskedMLP(5, DIM, [16])}
+    model, seen = MultimodalModel(encoders, Symile()), {}
+    for name, encoder in encoders.items():
+        encoder.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+    fit(model, data, data, target="picture", epochs=1, batch_size=32, seed=0, progress=False)
+    model.embed(data)
+    assert seen["picture"].is_floating_point() and seen["picture"].mean((0, 2, 3)).abs().max() < 1e-3
+    assert torch.equal(seen["words"], data.modalities["words"])
+    assert torch.equal(seen["table"].isnan(), data.modalities["table"].isnan())
+    model.save(tmp_path/"m.safetensors")
+    again = MultimodalModel.load(tmp_path/"m.safetensors")
+    assert all(torch.equal(x, y) for x, y in zip(again.embed(data), model.embed(data)))
+
+
 # Names
 
 def test_a_name_of_the_library_is_never_taken():
@@ -281,6 +321,7 @@ def test_a_frozen_network_is_the_same_after_training(tmp_path):
     head = frozen.head.layers[0].weight.clone()
     fit(model, train, train, target="b", epochs=1, batch_size=32, seed=0, progress=False)
     assert not torch.equal(head, frozen.head.layers[0].weight)
+    assert frozen.train().head.training and not any(m.training for m in network.modules())
     assert all(torch.equal(before[key], x) for key, x in network.state_dict().items())
     model.save(tmp_path/"m.safetensors")
     with pytest.raises(ValueError, match="of class Frozen: pass a module of that class"):

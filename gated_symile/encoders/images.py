@@ -83,6 +83,7 @@ def group_norms(
         setattr(module, name, nn.GroupNorm(gcd(groups, child.num_features), child.num_features))
     return module
 
+# %% ../../nbs/api/encoders/images.ipynb #0a2cc906
 class ImageEncoder(Encoder):
     "ResNet or DenseNet of MONAI; `MissingError` without the extra `imaging`, `UnknownNameError`, `RangeError`."
     standardise = "channels"
