@@ -15,7 +15,7 @@ from gated_symile.core import (DataError, DtypeError, GatedSymileError, NonFinit
                                UnknownNameError)
 from gated_symile.data import biobank
 from gated_symile.data.batches import read_batches
-from gated_symile.data.biobank import constant_where_absent, Placed, Released, ukb, ukb_splits, write_ukb
+from gated_symile.data.biobank import constant_where_absent, Placed, Stored, ukb, ukb_splits, write_ukb
 from gated_symile.data.tabular import split_by_ids
 from gated_symile.encoders import MaskedMLP
 from gated_symile.model import MultimodalModel
@@ -110,7 +110,9 @@ def test_mapped_and_read_are_what_pandas_reads(folder, tmp_path, join, memory):
             assert got.columns[name] == frame.columns.tolist()
     at = torch.randperm(len(got), generator=torch.Generator().manual_seed(0))[:40]
     batch, present = next(read_batches(got, [at]))
-    for name in got.names: same(batch[name], got.modalities[name][:][at])
+    for name in got.names:
+        there = got.is_present(name)[at]
+        same(batch[name][there], got.modalities[name][:][at][there])
     assert got.present is None or torch.equal(present, got.present[at])
     for name, x in got[at].modalities.items(): same(pickle.loads(pickle.dumps(x))[:], got.modalities[name][:][at])
 
@@ -249,14 +251,26 @@ def test_who_lacks_proteins_is_one_constant_vector_or_left_out(folder):
     assert torch.equal(lacking(test, train)[0], lacking(train, None)[0])       # that of training
 
 
-def test_pages_are_given_back(tmp_path):
+def test_what_is_read_from_a_file_is_not_held(tmp_path):
     np.save(tmp_path/"x.npy", np.zeros((4000, 4096), "float32"))               # 64 MB
-    rows, held = Released(tmp_path/"x.npy"), lambda: int(open("/proc/self/statm").read().split()[2])
+    rows, held = Stored(tmp_path/"x.npy"), lambda: int(Path("/proc/self/statm").read_text().split()[2])
     try: before = held()
     except OSError: pytest.skip("no /proc here")
     for at in torch.randperm(4000, generator=torch.Generator().manual_seed(0)).split(100): rows[at]
     assert held() - before < 1500                                              # pages of 4096 bytes that are shared
     assert rows[:].sum() == 0 and Placed(rows, torch.tensor([-1, 0]))[[0]].isnan().all()
+
+
+def test_a_file_that_was_cut_short_since_is_named(tmp_path):
+    np.save(tmp_path/"x.npy", np.ones((40, 4), "float32"))
+    rows, whole = Stored(tmp_path/"x.npy"), (tmp_path/"x.npy").read_bytes()
+    (tmp_path/"x.npy").write_bytes(whole[:-20])
+    assert rows[[0, 37]].sum() == 8
+    refused(DataError, "row 39 of", "x.npy is not there any more", call=lambda: rows[[0, 39]])
+    refused(DataError, "not a whole .npy file", call=lambda: Stored(tmp_path/"x.npy"))
+    np.save(tmp_path/"x.npy", np.asfortranarray(np.ones((40, 4), "float32")))
+    refused(DtypeError, "float32 row by row", call=lambda: Stored(tmp_path/"x.npy"))
+
 
 
 # The template
