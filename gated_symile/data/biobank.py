@@ -291,7 +291,7 @@ def _turn(table, path, memory, progress):
         for block in table.blocks(memory): file.write(block.astype("<f4", copy=False).data); bar.update(len(block))
 
 def _rows_of(table, cache, memory, progress):
-    "The rows of a table: in memory, or mapped from a file that is made where it isn't there yet."
+    "The rows of a table: in memory, or in a file that is made where it isn't there yet."
     if cache is None: return Mapped(np.concatenate(list(table.blocks(memory))))
     about, kind = table.path.stat(), repr((table.columns, table.shape))
     digest = hashlib.sha256(f"{about.st_size} {about.st_mtime_ns} {kind}".encode()).hexdigest()[:12]
@@ -327,7 +327,7 @@ def ukb(
     id:str="eid", # the column that names the people
     id_maps:dict|None=None, # modality -> table of its own ids and those they stand for; `None`: `id_maps/MODALITY.csv`
     memory:float=512, # about how many MiB the turning may take
-    workers:int=0, # processes that read mapped rows; 0: none beside the one that asks
+    workers:int=0, # processes that read rows from files; 0: none beside the one that asks
     progress:bool=True, # whether progress bars are shown for what takes more than two seconds
 ) -> MultimodalDataset: # ids as text, `columns` by name; whoever isn't in a table is absent there
     "Tables of half a million people; `FileNotFoundError`, `DataError` and the other errors say what is wrong."
