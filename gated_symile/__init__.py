@@ -10,12 +10,12 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
            'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Column',
            'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian',
            'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca',
-           'cells', 'emoji', 'load_tabular', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'BagOfTokens',
-           'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
-           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about',
-           'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true',
-           'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'accuracy_by_corruption',
-           'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe']
+           'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
+           'ukb_splits', 'write_ukb', 'BagOfTokens', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'ImageEncoder',
+           'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser',
+           'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks',
+           'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -43,8 +43,9 @@ from .data.nhanes import nhanes
 from .data.tcga import tcga_brca
 from .data.cells import cells
 from .data.emoji import emoji
-from .data.tabular import load_tabular
+from .data.tabular import load_tabular, split_by_ids
 from .data.mimic import symile_mimic, SymileMIMIC, write_symile_mimic
+from .data.biobank import ukb, ukb_splits, write_ukb
 from .encoders import (BagOfTokens, EmbeddedMLP, Encoder, Flat, Frozen, ImageEncoder, MaskedMLP, MLP,
                                    register_encoder, ResidualMLP, SmallCNN, TransformersEncoder)
 from .standardise import Standardiser
@@ -64,9 +65,10 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
          "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
-         "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "symile_mimic", "SymileMIMIC", "write_symile_mimic",
-         "BagOfTokens", "EmbeddedMLP", "Encoder", "Flat", "Frozen", "ImageEncoder", "MaskedMLP", "MLP",
-         "register_encoder", "ResidualMLP", "SmallCNN", "TransformersEncoder", "Standardiser", "MultimodalModel",
-         "read_about", "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed",
-         "rank_true", "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit",
-         "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe"]
+         "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
+         "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "EmbeddedMLP", "Encoder", "Flat",
+         "Frozen", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN",
+         "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about", "bootstrap_interval", "metrics",
+         "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true", "top_k", "Bank", "encode_bank",
+         "load_bank", "retrieve", "save_bank", "fit", "accuracy_by_corruption", "gate_by_corruption", "audit",
+         "audit_score", "detection", "verdict", "probe"]

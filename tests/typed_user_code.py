@@ -13,7 +13,7 @@ from gated_symile import (
 )
 from gated_symile import (
     BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
-    register_encoder, symile_mimic, SymileMIMIC, tcga_brca, write_symile_mimic,
+    register_encoder, split_by_ids, symile_mimic, SymileMIMIC, tcga_brca, ukb, ukb_splits, write_symile_mimic,
 )
 from gated_symile.data.xor import xor_information
 from gated_symile.model import read_about
@@ -69,6 +69,10 @@ def admissions(folder: Path) -> float:
     assert ten_each is not None and ten_each.shape == (len(x_rays), 10)
     share: float = found.labels["Edema"].mean()
     return share
+
+
+def biobank(folder: Path) -> dict[str, MultimodalDataset]:
+    return split_by_ids(ukb(folder, join="intersect"), ukb_splits(folder), unknown="leave out")
 
 
 def packaged() -> dict[str, float]:
