@@ -110,7 +110,8 @@ class MultimodalModel(nn.Module):
     ):
         "All that one look at a dataset tells: `MissingError` for what is lacking, and what `Standardiser.check` says."
         names = self._there(names, dataset.names)
-        if self.standardiser is not None: self.standardiser.check(dataset.select(names))
+        unfilled = [name for name in names if getattr(self.encoders[_key(name)], "holes", False)]
+        if self.standardiser is not None: self.standardiser.check(dataset.select(names), unfilled)
 
     def embed(self,
         dataset:MultimodalDataset|Iterable, # rows as they were read, on any device; or batches, as of `given_batches`

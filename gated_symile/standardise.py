@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'CHECKED', 'FAR', 'SURE', 'RAW', 'escaped', 'kind_by_rows', 
 # %% ../nbs/api/standardise.ipynb #2e25c76b
 import json
 import warnings
+from collections.abc import Container
 from urllib.parse import unquote
 
 import torch
@@ -178,6 +179,7 @@ class Standardiser(nn.Module):
 
     def check(self,
         dataset:MultimodalDataset, # rows that are to be standardised
+        unfilled:Container[str]=(), # names of modalities whose holes stay, for encoders that want to see them
     ):
         "`ShapeError`, `DataError` for other columns, or where most lie far off; warns where some do, and of holes."
         holes = {}
@@ -188,7 +190,7 @@ class Standardiser(nn.Module):
             _check_columns(name, x.shape, columns, mean, expected)
             x = sample_rows(x, dataset.is_present(name), name, dataset.workers, CHECKED)
             _check_values(name, x, expected or columns, mean.to(x.device), std.to(x.device))
-            holes[name] = x.isnan().sum().item(), x.numel()
+            if name not in unfilled: holes[name] = x.isnan().sum().item(), x.numel()
         filled = ", ".join(f"{name} {n} of {m}" for name, (n, m) in holes.items() if n)
         if filled: warnings.warn(f"missing values filled with the training mean: {filled}", stacklevel=3)
 

@@ -11,6 +11,7 @@ import math, warnings
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +183,7 @@ class MultimodalDataset:
     "Modalities of the same rows, whose fields stay aligned whatever is taken. Errors name the field that is wrong."
     # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, NaN
     # is missing and infinity an error; integers as they are
-    modalities:dict[str, Tensor|Rows]
+    modalities:dict[str, Any]
     # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows in memory that hold nothing but NaN
     present:Tensor|None=None
     corrupted:Tensor|None=None # bool `(rows, M)`: which were corrupted, where that is known

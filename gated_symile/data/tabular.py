@@ -9,6 +9,7 @@ __all__ = ['MOST', 'TABLES', 'JOINS', 'checked_ids', 'join_ids', 'read_id_map', 
 # %% ../../nbs/api/data/tabular.ipynb #7acef2a8
 import warnings
 import zipfile
+from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -290,7 +291,7 @@ def _rows_of(ids, rows, name, unknown, total):
 
 def split_by_ids(
     dataset:MultimodalDataset, # rows that have ids
-    splits:dict[str, str|Path|list], # name of a part -> its ids, or a file of them as for `read_ids`
+    splits:Mapping[str, str|Path|list], # name of a part -> its ids, or a file of them as for `read_ids`
     id:str="id", # for tables: the column that holds the ids
     unknown:str="raise", # ids that no row has: `"raise"`, or `"leave out"`, with a warning
 ) -> dict[str, MultimodalDataset]: # name of a part -> its rows, in the order of the list

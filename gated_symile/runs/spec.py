@@ -31,7 +31,7 @@ from ..data.emoji import emoji, EMOJI_MODALITIES
 from ..data.mfeat import mfeat, MFEAT_VIEWS
 from ..data.nhanes import nhanes, NHANES_TABLES
 from ..data.splits import corrupted_splits, CORRUPTIONS
-from ..data.tabular import load_tabular
+from ..data.tabular import load_tabular, TABLES
 from ..data.tcga import tcga_brca, TCGA_TABLES
 from ..data.xnor import synthetic_xnor
 from ..data.xor import synthetic_xor
@@ -153,7 +153,7 @@ def files_of(
     data:str|list, # a path, or a list of paths
 ) -> list[Path]: # the files, in the order in which they are read
     "The files of a person's data."
-    def is_table(file): return file.suffix.lower() in (".csv", ".parquet") and not file.name.startswith((".", "~"))
+    def is_table(file): return file.suffix.lower() in TABLES and not file.name.startswith((".", "~"))
     def inside(folder): return sorted(filter(is_table, folder.iterdir()))
     paths = [Path(path) for path in ([data] if isinstance(data, str) else data)]
     return [file.absolute() for path in paths for file in (inside(path) if path.is_dir() else [path])]
