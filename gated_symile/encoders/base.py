@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TypeVar
 
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import DtypeError, MissingError, ShapeError, UnknownNameError
 
@@ -21,7 +22,7 @@ class Encoder(nn.Module):
     holes:bool = False # whether it wants single missing values as NaN, instead of the mean
 
     def settings(self) -> dict: # name -> value
-        "The parameters it was made with: `type(self)(**settings)` makes another; `MissingError` for one that isn't kept."
+        "The parameters it was made with: `type(self)(**settings)` makes another; `MissingError` for one not kept."
         names = list(signature(type(self)).parameters)
         lost = [name for name in names if not hasattr(self, name)]
         if lost: raise MissingError(f"{type(self).__name__} keeps no attribute {', '.join(lost)}, which __init__ takes")
@@ -53,19 +54,22 @@ class Frozen(nn.Module):
     "A network that is not trained, and a head that is; `ShapeError` where the network gives no vector a row."
     standardise = None # what was trained on rows of its own kind wants them as they are
     def __init__(self,
-        network:nn.Module, # from `(rows, ...)` to `(rows, features)`; put into evaluation mode, its gradients switched off
+        network:nn.Module, # from `(rows, ...)` to `(rows, features)`; its gradients are switched off
         head:nn.Module, # from `(rows, features)` to `(rows, dim)`, such as an `MLP`
     ):
         super().__init__()
         self.network, self.head = network.eval().requires_grad_(False), head
         if hasattr(head, "dim"): self.dim = head.dim
+        for module in network.modules():                                 # or `fit` would estimate its statistics anew
+            if isinstance(module, _BatchNorm): module.track_running_stats = False
 
     def forward(self,
         x:Tensor, # what the network takes
     ) -> Tensor: # embeddings `(rows, dim)`, not normalised
         "The head's view of the network's features."
         features = self.network(x)
-        if features.dim() != 2: raise ShapeError(f"network must give (rows, features), got shape {tuple(features.shape)}")
+        if features.dim() != 2:
+            raise ShapeError(f"network must give (rows, features), got shape {tuple(features.shape)}")
         return self.head(features)
 
     def train(self, mode:bool=True):

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import nn, Tensor
 
-from ..core import check_name, check_range, check_whole, DtypeError, MissingError, RangeError, ShapeError
+from ..core import check_name, check_range, check_whole, DtypeError, MissingError, ShapeError
 from .base import Encoder
 from .mlp import MLP
 
@@ -29,10 +29,9 @@ class ResidualMLP(Encoder):
         input_dropout:float=0., # share of input coordinates dropped while training, for both parts alike
     ):
         super().__init__()
-        check_whole("depth", depth, 1)
-        self.mlp = MLP(in_features, dim, width, depth, norm, dropout)
-        self.in_features, self.dim, self.width, self.depth = self.mlp.in_features, self.mlp.dim, self.mlp.width, int(depth)
-        self.norm, self.dropout = self.mlp.norm, self.mlp.dropout
+        self.mlp = MLP(in_features, dim, width, check_whole("depth", depth, 1), norm, dropout)
+        for name in ("in_features", "dim", "width", "depth", "norm", "dropout"):
+            setattr(self, name, getattr(self.mlp, name))
         self.input_dropout = float(check_range("input_dropout", input_dropout, 0, 1))
         self.blank, self.linear = nn.Dropout(self.input_dropout), nn.Linear(self.in_features, self.dim)
         for p in self.mlp.layers[-1].parameters(): nn.init.zeros_(p)
@@ -51,7 +50,7 @@ def _with_mask(x):
     return torch.cat([x.masked_fill(holes, 0), holes.to(x.dtype)], 1)
 
 class MaskedMLP(Encoder):
-    "Values and a mask of their holes through blocks of chosen widths (Gated Symile, union input); `RangeError`, `DtypeError`."
+    "Values and a mask of their holes (Gated Symile, union input), through blocks; `RangeError`, `DtypeError`."
     def __init__(self,
         in_features:int, # width of the modality's features
         dim:int, # D, width of the embedding
@@ -110,7 +109,8 @@ class EmbeddedMLP(Encoder):
         self.in_features, self.dim = check_whole("in_features", in_features, 1), check_whole("dim", dim, 1)
         self.embedding = check_name("embedding", embedding, ["piecewise", "periodic"])
         self.embedding_dim, self.options = check_whole("embedding_dim", embedding_dim, 1), dict(options or {})
-        self.bins = bins if isinstance(bins, int) else [[float(edge) for edge in edges] for edges in bins]
+        by_hand = isinstance(bins, (list, tuple))
+        self.bins = [[float(e) for e in edges] for edges in bins] if by_hand else check_whole("bins", bins, 2)
         self.numbers = self._embeddings(_rtdl())
         self.mlp = MLP(self.in_features*self.embedding_dim, dim, width, depth, dropout=dropout)
         self.width, self.depth, self.dropout = self.mlp.width, self.mlp.depth, self.mlp.dropout
