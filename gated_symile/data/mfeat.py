@@ -6,30 +6,22 @@
 __all__ = ['MFEAT_VIEWS', 'mfeat', 'mfeat_digits']
 
 # %% ../../nbs/api/data/mfeat.ipynb #633651e0
-from importlib.resources import files
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from .dataset import MultimodalDataset
+from .packaged import packaged_arrays, packaged_dataset
 
 # %% ../../nbs/api/data/mfeat.ipynb #fb527c1b
 MFEAT_VIEWS = ("pix", "fou", "fac", "kar", "zer", "mor")
-
-def _arrays(names):
-    "Named arrays of the packaged file."
-    with (files("gated_symile.data")/"mfeat.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        return {name: stored[name] for name in names}
 
 def mfeat(
     names:tuple[str, ...]=("pix", "fou", "zer"), # which views, in this order; all are in `MFEAT_VIEWS`
 ) -> MultimodalDataset: # 2000 rows in digit order, raw values
     "UCI Multiple Features (Duin 1998, CC BY 4.0); `UnknownNameError` lists the views there are."
-    views = {name: torch.from_numpy(x).float() for name, x in _arrays(MFEAT_VIEWS).items()}
-    return MultimodalDataset(views).select(names)
+    return packaged_dataset("mfeat", names, MFEAT_VIEWS)
 
 # %% ../../nbs/api/data/mfeat.ipynb #84279af6
 def mfeat_digits() -> Tensor: # `(2000,)`, int64 in 0..9, in the order of the rows of `mfeat`
     "Which digit each row of the whole, unshuffled data set is."
-    return torch.from_numpy(_arrays(["digit"])["digit"]).long()
+    return torch.from_numpy(packaged_arrays("mfeat", ["digit"])["digit"]).long()

@@ -27,11 +27,10 @@ from .. import core
 from ..bank import retrieve
 from ..core import whole_file, DataError, MissingError, OutputError, UnknownNameError
 from ..data.dataset import checked_names, MultimodalDataset
-from ..data.mfeat import mfeat
 from ..data.tabular import load_tabular
 from ..model import MultimodalModel, read_about
 from .run import LINE, Run, run_one
-from .spec import files_of, label, load_plugins, plain, RunSpec
+from .spec import files_of, KNOWN, label, load_known, load_plugins, plain, RunSpec
 from ..statistics import bootstrap_interval
 
 # %% ../../nbs/api/runs/record.ipynb #810ec36d
@@ -102,7 +101,7 @@ def open_folder(
 ) -> Path: # the folder
     "A folder that can be written to; `OutputError` if it can't, or is where the data are."
     for source in data:
-        if source not in ("mfeat", "xnor"): _check_apart(out, source)
+        if source not in KNOWN: _check_apart(out, source)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,15 +204,21 @@ class SavedRun:
         queries = ", ".join(map(repr, self.queries))
         return f"SavedRun({spec['objective']}, seed {spec['seed']}: finds {self.target!r} by {queries})"
 
+    def _known(self, data, names):
+        "Packaged rows, read with the options they had in training where it is the same data."
+        spec = self.about["spec"]
+        own = {o: v for o, v in spec["data_options"].items() if o in ("log", "columns")} if spec["data"] == data else {}
+        return load_known(data, names, **own)
+
     def read(self,
-        data:str|Path|list, # `"mfeat"`, or a path to an `.npz` file, a folder or a list of tables
+        data:str|Path|list, # the name of a packaged set, such as `"mfeat"`, or a path to an `.npz` file, a folder or a list of tables
         names:str|list[str]|None=None, # the modalities to read, such as those to ask by; `None`: all that the model has
         id:str|None=None, # for tables: the column that names the rows; `None`: as in training
     ) -> MultimodalDataset: # raw; rows in which none of these modalities is present are left out
         "New rows that fit the model; `MissingError` for a modality that isn't there, errors of reading and `check`."
         names = self.model.names if names is None else checked_names(names, self.model.names)
         id = id or self.about["spec"]["data_options"].get("id", "id")
-        try: rows = mfeat(names) if data == "mfeat" else load_tabular(data, id=id, names=names)
+        try: rows = self._known(data, names) if data in KNOWN else load_tabular(data, id=id, names=names)
         except UnknownNameError as error:
             wanted, hint = ", ".join(map(repr, names)), "name those there are (`names`, of the template `queries`)"
             raise MissingError(f"data lacks a modality of {wanted} ({error}); the model can go without some of those "
