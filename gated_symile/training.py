@@ -154,7 +154,7 @@ def _watched(objective):
     return {**watched, "gate_strength": gate.strength().item(), "gate_temperature": gate.temperature().item()}
 
 # %% ../nbs/api/training.ipynb #4616b3e7
-STEPS, LOOK, WAIT, PASSES = 1500, 25, 400, 10 # steps at most, between two looks, without improvement; passes that any rows get
+STEPS, LOOK, WAIT, PASSES = 1500, 25, 250, 10 # steps at most, between two looks, without improvement; passes that any rows get
 
 def training_rule(
     batches:int, # in a pass over the training rows
@@ -164,7 +164,8 @@ def training_rule(
     check_whole("batches", batches, 1); check_whole("steps", steps, 1)
     every = -(-LOOK // batches)
     def looks(steps, least): return every * max(-(-steps // (batches*every)), -(-least // every))
-    return {"epochs": looks(steps, PASSES if steps == STEPS else 1), "patience": looks(WAIT, 2), "every": every}
+    least = PASSES if steps == STEPS else 1
+    return {"epochs": looks(steps, least), "patience": looks(WAIT, 2), "every": every}
 
 # %% ../nbs/api/training.ipynb #5aa16f3d
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -259,7 +260,7 @@ def fit(
     valid:MultimodalDataset, # rows to choose the best epoch by
     target:str, # name of the modality that validation retrieves from the others
     epochs:int|None=None, # at most so many passes over `train`; `None`: as many as make `steps`
-    learning_rate:float=1e-3, # of encoders and objective
+    learning_rate:float=5e-3, # of encoders and objective
     batch_size:int=128, # rows in a batch, at least 2
     gate_learning_rate:float|None=None, # of every `ModalityGate`; `None`: `learning_rate`
     weight_decay:float=0.01, # of the encoders

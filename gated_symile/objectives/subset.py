@@ -67,12 +67,13 @@ class SubsetSymile(Objective):
         null:float=-math.inf, # logit of NULL, the empty subset, in nats; `-inf`: off
         max_subset:int|None=None, # size of the largest subset, at least 1; `None`: all `2**(M-1) - 1` of them
         by_diversity:bool=False, # whether the scale of each row is multiplied by the `diversity` of its query
-        heads:bool=False, # whether each subset sees the candidate through a linear map of its own, at first the identity
-        n_modalities:int|None=None, # M, at least 2; needed for `heads`
-        dim:int|None=None, # D, the width of the embeddings; needed for `heads`
+        heads:bool|None=None, # whether each subset has a map of the candidate, at first the identity; `None`: where M, D are known
+        n_modalities:int|None=None, # M, at least 2; needed for `heads`, given where it is made by name
+        dim:int|None=None, # D, the width of the embeddings; needed for `heads`, given where it is made by name
     ):
         super().__init__(log_scale)
-        self.n_modalities, self.dim, self.heads = n_modalities, dim, bool(heads)
+        self.n_modalities, self.dim = n_modalities, dim
+        self.heads = None not in (n_modalities, dim) if heads is None else bool(heads)
         self.max_subset = None if max_subset is None else check_whole("max_subset", max_subset, 1)
         self.penalty, self.null = check_range("penalty", penalty, -1e6, 1e6), check_range("null", null, -math.inf, 1e6)
         self.by_diversity = by_diversity
