@@ -1095,4 +1095,8 @@ d = { 'settings': { 'branch': 'main',
                                        'gated_symile.training.schedule_free': ( 'api/training.html#schedule_free',
                                                                                 'gated_symile/training.py'),
                                        'gated_symile.training.training_rule': ( 'api/training.html#training_rule',
-                                                                                'gated_symile/training.py')}}}
+                                                                                'gated_symile/training.py')},
+            'gated_symile.tuning': { 'gated_symile.tuning._lines': ('api/tuning.html#_lines', 'gated_symile/tuning.py'),
+                                     'gated_symile.tuning._told': ('api/tuning.html#_told', 'gated_symile/tuning.py'),
+                                     'gated_symile.tuning.tune': ('api/tuning.html#tune', 'gated_symile/tuning.py'),
+                                     'gated_symile.tuning.tuning_draws': ('api/tuning.html#tuning_draws', 'gated_symile/tuning.py')}}}
