@@ -11,11 +11,12 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
            'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian',
            'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca',
            'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
-           'ukb_splits', 'write_ukb', 'BagOfTokens', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'ImageEncoder',
-           'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser',
-           'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks',
-           'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit',
-           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe']
+           'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen',
+           'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN',
+           'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics',
+           'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank',
+           'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule', 'accuracy_by_corruption', 'gate_by_corruption',
+           'audit', 'audit_score', 'detection', 'verdict', 'probe', 'tune']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -46,17 +47,19 @@ from .data.emoji import emoji
 from .data.tabular import load_tabular, split_by_ids
 from .data.mimic import symile_mimic, SymileMIMIC, write_symile_mimic
 from .data.biobank import ukb, ukb_splits, write_ukb
-from .encoders import (BagOfTokens, EmbeddedMLP, Encoder, Flat, Frozen, ImageEncoder, MaskedMLP, MLP,
-                                   register_encoder, ResidualMLP, SmallCNN, TransformersEncoder)
+from .encoders import (BagOfTokens, default_encoder, EmbeddedMLP, Encoder, Flat, Frozen, GentleMLP,
+                                   ImageEncoder, MaskedMLP, MLP, register_encoder, ResidualMLP, SmallCNN,
+                                   TransformersEncoder)
 from .standardise import Standardiser
 from .model import MultimodalModel, read_about
 from .statistics import bootstrap_interval, metrics, Ranks
 from .search import rank_dataset, rank_in_banks, rank_listed, rank_true, top_k
 from .bank import Bank, encode_bank, load_bank, retrieve, save_bank
-from .training import fit
+from .training import fit, training_rule
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
 from .probing import probe
+from .tuning import tune
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
@@ -66,9 +69,9 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
-         "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "EmbeddedMLP", "Encoder", "Flat",
-         "Frozen", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN",
+         "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
+         "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN",
          "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about", "bootstrap_interval", "metrics",
          "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true", "top_k", "Bank", "encode_bank",
-         "load_bank", "retrieve", "save_bank", "fit", "accuracy_by_corruption", "gate_by_corruption", "audit",
-         "audit_score", "detection", "verdict", "probe"]
+         "load_bank", "retrieve", "save_bank", "fit", "training_rule", "accuracy_by_corruption",
+         "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe", "tune"]

@@ -13,7 +13,7 @@ from gated_symile.core import DataError
 from gated_symile.runs.plan import (as_spec, draw_settings, lines_of, Plan, planned, PlannedRun, progress_table,
                                     run_planned, runs_of)
 from gated_symile.runs.record import COLUMNS, differences, read_record, summary
-from gated_symile.runs.spec import RunSpec
+from gated_symile.runs.spec import NEUTRAL, RunSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLAN = ROOT/"nbs"/"results", ROOT/"workflow"/"plan.yaml"
@@ -24,9 +24,13 @@ RECORDED = dict(tuning=384, report=300, defaults=45, weak_start=5, robustness=27
 
 
 def spec_in(text):
-    "The specification that a record holds as JSON."
-    return RunSpec(**{name: value for name, value in json.loads(text).items()
-                      if name not in ("bank_size", "standardise", "fingerprint", "code")})
+    "The specification that a record holds as JSON; what there was not yet, has its neutral value."
+    given = {name: value for name, value in json.loads(text).items()
+             if name not in ("bank_size", "standardise", "fingerprint", "code")}
+    prefix = f"objective_options.{given['objective']}."
+    later = {name.removeprefix(prefix): value for name, value in NEUTRAL.items() if name.startswith(prefix)}
+    return RunSpec(**{"encoder": NEUTRAL["encoder"], **given,
+                      "objective_options": {**later, **given["objective_options"]}})
 
 
 def faults(record, plan, stage, tuning):

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'ENCODERS', 'Frozen', 'register_encoder', 'MLP', 'ResidualMLP', 'MaskedMLP', 'EmbeddedMLP', 'Flat',
-           'SmallCNN', 'ImageEncoder', 'BagOfTokens', 'TransformersEncoder']
+           'SmallCNN', 'ImageEncoder', 'BagOfTokens', 'TransformersEncoder', 'GentleMLP', 'default_dropout',
+           'default_encoder']
 
 # %% ../../nbs/api/encoders.ipynb #b40e53bd
 from .base import Encoder, ENCODERS, Frozen, register_encoder
 from .mlp import MLP
 from .tables import EmbeddedMLP, Flat, MaskedMLP, ResidualMLP
 from .images import ImageEncoder, SmallCNN
+from .default import default_dropout, default_encoder, GentleMLP
 from .text import BagOfTokens, TransformersEncoder
 
 # %% ../../nbs/api/encoders.ipynb #59543c74
 _all_ = ["Encoder", "ENCODERS", "Frozen", "register_encoder", "MLP", "ResidualMLP", "MaskedMLP", "EmbeddedMLP",
-         "Flat", "SmallCNN", "ImageEncoder", "BagOfTokens", "TransformersEncoder"]
+         "Flat", "SmallCNN", "ImageEncoder", "BagOfTokens", "TransformersEncoder", "GentleMLP", "default_dropout",
+         "default_encoder"]
 
 for _encoder in (MLP, ResidualMLP, MaskedMLP, EmbeddedMLP, Flat, SmallCNN, ImageEncoder, BagOfTokens,
                  TransformersEncoder):

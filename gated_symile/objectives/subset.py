@@ -10,9 +10,10 @@ import math
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
-from ..core import check_range, check_score_input, check_whole, full_precision
+from ..core import (check_range, check_score_input, check_whole, full_precision, unit, MissingError,
+                               ShapeError)
 from .base import Objective, register
 
 # %% ../../nbs/api/objectives/subset.ipynb #87d3466d
@@ -66,11 +67,31 @@ class SubsetSymile(Objective):
         null:float=-math.inf, # logit of NULL, the empty subset, in nats; `-inf`: off
         max_subset:int|None=None, # size of the largest subset, at least 1; `None`: all `2**(M-1) - 1` of them
         by_diversity:bool=False, # whether the scale of each row is multiplied by the `diversity` of its query
+        heads:bool|None=None, # if each subset has a map of the candidate, first the identity; `None`: if M, D are known
+        n_modalities:int|None=None, # M, at least 2; needed for `heads`, given where it is made by name
+        dim:int|None=None, # D, the width of the embeddings; needed for `heads`, given where it is made by name
     ):
         super().__init__(log_scale)
+        self.n_modalities, self.dim = n_modalities, dim
+        self.heads = None not in (n_modalities, dim) if heads is None else bool(heads)
         self.max_subset = None if max_subset is None else check_whole("max_subset", max_subset, 1)
         self.penalty, self.null = check_range("penalty", penalty, -1e6, 1e6), check_range("null", null, -math.inf, 1e6)
         self.by_diversity = by_diversity
+        if self.heads: self.head = self._identities()
+
+    def _identities(self):
+        "The maps `(M, n, D, D)`: of each target, for each subset."
+        for name in ("n_modalities", "dim"):
+            if getattr(self, name) is None: raise MissingError(f"{name}: has to be given with heads=True")
+        subsets = query_subsets(self.n_modalities, 0, self.max_subset)[1:]
+        return nn.Parameter(torch.eye(check_whole("dim", self.dim, 1)).repeat(self.n_modalities, len(subsets), 1, 1))
+
+    def check(self, embeddings):
+        "Raise an error if the heads were made for others, by their number or width."
+        found, made = (len(embeddings), embeddings[0].shape[1]), (self.n_modalities, self.dim)
+        if self.heads and found != made:
+            raise ShapeError(f"embeddings: the heads are for {made[0]} modalities of width {made[1]}, "
+                             f"got {found[0]} of {found[1]}")
 
     def _subset_logits(self, embeddings, target, present):
         "Logits of the non-empty subsets `(n, B, N)`; `-inf` where a part is missing."
@@ -80,6 +101,9 @@ class SubsetSymile(Objective):
         prior = products.new_tensor([self.penalty * (1 - len(s)) for s in subsets])[:, None].expand(products.shape[:2])
         if present is not None:
             prior = prior.masked_fill(torch.stack([~present[:, list(s)].all(1) for s in subsets]), -math.inf)
+        if self.heads:
+            seen = unit(embeddings[target] @ self.head[target].mT)                 # (n, N, D)
+            return torch.baddbmm(prior[..., None], products, self.logit_scale() * seen.mT)
         scaled = self.logit_scale() * embeddings[target]
         return torch.addmm(prior.reshape(-1, 1), products.flatten(0, 1), scaled.T).unflatten(0, products.shape[:2])
 

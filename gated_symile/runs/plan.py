@@ -128,6 +128,7 @@ class Plan:
     base:dict=field(default_factory=dict) # settings of every run
     data:dict=field(default_factory=dict) # data -> settings
     plugins:list=field(default_factory=list) # modules or .py files that register objectives of your own
+    own:dict=field(default_factory=dict) # objective -> settings of each of its runs, in every stage
 
     def needs_choice(self, stage): return stage != "tuning" and self.stages[stage].tuned
 
@@ -167,6 +168,7 @@ def planned(
     part, name = plan.stages[check_name("stage", stage, plan.stages)], label(data)
     data = {label(d): d for d in part.data}[check_name("data", name, [label(d) for d in part.data])]
     needs, common = plan.needs_choice(stage), plan.base | plan.data.get(name, {}) if part.tuned else {}
+    common = plan.own.get(objective, {}) | common
     if needs and chosen is None: raise MissingError(f"stage {stage}: nothing is chosen yet for {objective} on {name}")
     common = common | part.settings.get(name, {}) | (chosen if needs else {})
     space = plan.space | plan.own_space.get(objective, {})

@@ -9,7 +9,6 @@ __all__ = ['LINE', 'split_data', 'make_model', 'train_one', 'Run', 'run_one']
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 import torch
@@ -17,7 +16,7 @@ import torch
 from ..auditing import detection
 from ..core import generator, DataError
 from ..data.dataset import MultimodalDataset
-from ..encoders import Flat, MLP
+from ..encoders import default_encoder, ENCODERS, Flat
 from ..fragility import accuracy_by_corruption, gate_by_corruption, moved_by_corruption
 from ..model import MultimodalModel
 from ..objectives.base import make_objective, registered
@@ -40,15 +39,20 @@ def split_data(
 
 def make_model(
     spec:RunSpec, # the run
-    sizes:dict[str, int], # name -> number of features
+    train:MultimodalDataset, # its training rows, of which the shapes and the number count
 ) -> MultimodalModel: # as it is before training; its weights are drawn from the seed
-    "An `MLP` for each modality, `Flat` where the objective is in closed form, and the objective; the errors of both."
+    "An encoder for each modality, `Flat` where the objective is in closed form, and the objective; the errors of both."
+    sizes = {name: math.prod(train.modalities[name].shape[1:]) for name in spec.names}
     at_once = "closed form" in registered()[spec.objective].capabilities
     dim = max(sizes.values()) if at_once else spec.dim
-    encoder = partial(Flat, dim=dim) if at_once else partial(MLP, dim=dim, **spec.encoder_options)
+    def encoder(name):
+        if at_once: return Flat(sizes[name], dim)
+        x, rows = train.modalities[name], int(train.is_present(name).sum())
+        if spec.encoder == "rule": return default_encoder(x.shape[1:], x.dtype, max(rows, 1), dim)
+        return ENCODERS[spec.encoder](sizes[name], dim, **spec.encoder_options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        encoders = {name: encoder(size) for name, size in sizes.items()}
+        encoders = {name: encoder(name) for name in spec.names}
         objective = make_objective(spec.objective, len(sizes), dim, **spec.objective_options)
     objective.logit_scale.requires_grad_(spec.learn_scale)
     return MultimodalModel(encoders, objective, standardise=spec.standardise)
@@ -60,7 +64,7 @@ def train_one(
 ) -> tuple[MultimodalModel, pd.DataFrame, MultimodalDataset]: # trained model, history, test rows not yet looked at
     "Train on the training rows, scaled as they are without corruption; the errors of `fit`."
     train, valid, test = split_data(spec)
-    model = make_model(spec, {name: math.prod(train.modalities[name].shape[1:]) for name in spec.names})
+    model = make_model(spec, train)
     if spec.standardise: model.standardiser.fit(_split(spec, 0.)[0])
     options = dict(device=device, seed=spec.seed, progress=False, **spec.training_options)
     history = fit(model, train, valid, spec.target, **options)
@@ -74,7 +78,7 @@ def _of_training(history, seconds):
     best, watched = history[history["best"]].iloc[-1], history.drop(columns=["best", "seconds"]).astype("float32")
     lines = [dict(metric=name, value=float(best[name]), by_row=course.tolist()) for name, course in watched.items()]
     fastest = history["seconds"].min()                                  # others may have shared the machine
-    whole = {"epochs": len(history), "seconds": seconds, "epoch_seconds": fastest}
+    whole = {"epochs": history["epoch"].iloc[-1], "seconds": seconds, "epoch_seconds": fastest}
     lines += [dict(metric=name, value=float(value)) for name, value in whole.items()]
     return pd.DataFrame(lines).assign(rows="training")
 
