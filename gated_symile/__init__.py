@@ -70,8 +70,9 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
          "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
-         "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN",
-         "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about", "bootstrap_interval", "metrics",
-         "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true", "top_k", "Bank", "encode_bank",
-         "load_bank", "retrieve", "save_bank", "fit", "training_rule", "accuracy_by_corruption",
-         "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe", "tune"]
+         "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",
+         "ResidualMLP", "SmallCNN", "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about",
+         "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true",
+         "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "training_rule",
+         "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe",
+         "tune"]

@@ -236,6 +236,13 @@ def _described(model):
             "objective": _made(model.objective, registered())}
 
 # %% ../nbs/api/model.ipynb #fe787e23
+def _completed(saved):
+    "With what objectives had no option for when the file was written, as it was then."
+    rule = saved["objective"]
+    if rule["settings"] and rule["class"] in registered():
+        rule["settings"] = {**registered()[rule["class"]].added, **rule["settings"]}
+    return saved
+
 @contextmanager
 def _opened(path):
     "A safetensors file, and what `save` wrote beside its tensors; `FileNotFoundError`, `DataError` for another kind."
@@ -245,7 +252,7 @@ def _opened(path):
             saved = json.loads((file.metadata() or {}).get("gated_symile", "{}"))
             if "format" not in saved: raise DataError(f"path: {path} holds weights, but no model's `save` wrote it")
             if saved["format"] > FORMAT: raise DataError(f"path: {path} was written by a later version of this library")
-            yield file, saved
+            yield file, _completed(saved)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise DataError(f"path: {path} is not a whole safetensors file: {error}") from error
 

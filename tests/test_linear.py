@@ -17,7 +17,7 @@ from gated_symile.encoders import Flat, MLP
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.linear import LinearGaussian, principal_components, ridge_by_validation, shrink_residual
 from gated_symile.objectives.symile import Symile
-from gated_symile.runs.run import make_model, run_one
+from gated_symile.runs.run import make_model, run_one, split_data
 from gated_symile.runs.spec import make_specs
 from gated_symile.search import rank_dataset, rank_true
 from gated_symile.training import fit
@@ -242,7 +242,7 @@ def test_a_run_is_made_of_it_and_has_no_encoder_options():
     spec, = make_specs("mfeat", objectives="LinearGaussian", p=0., encoder_options={"width": 64})
     same, = make_specs("mfeat", objectives="LinearGaussian", p=0.)
     assert spec.encoder_options == {} and spec.digest == same.digest and json.loads(spec.json)["encoder_options"] == {}
-    model = make_model(spec, {"pix": 240, "fou": 76, "zer": 47})
+    model = make_model(spec, split_data(spec)[0])
     assert {type(e) for e in model.encoders.values()} == {Flat} and model.encoders["fou"].dim == 240
     run = run_one(spec)
     assert len(run.history) == 1 and {"top1", "mrr", "train_loss", "seconds"} <= set(run.lines["metric"])

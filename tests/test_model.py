@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from gated_symile.core import (DataError, DtypeError, MissingError, NonFiniteError, ShapeError, UnknownNameError,
@@ -323,6 +325,19 @@ def test_weights_of_another_objective_are_refused(saved, given, words, tmp_path)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(DataError, match=words): MultimodalModel.load(path, objective=other)
     assert same(other.state_dict(), before)                    # nothing was changed
+
+
+def test_a_file_from_before_an_option_means_what_was_before(tmp_path):
+    model = make("SubsetSymile", heads=False)
+    path = save(tmp_path, "SubsetSymile", heads=False)
+    with safe_open(path, "pt") as file:
+        about, weights = json.loads(file.metadata()["gated_symile"]), {key: file.get_tensor(key) for key in file.keys()}
+    for option in ("heads", "by_diversity"): del about["objective"]["settings"][option]
+    save_file(weights, path, {"gated_symile": json.dumps(about)})
+    loaded = MultimodalModel.load(path)
+    assert not loaded.objective.heads and same(loaded.state_dict(), model.state_dict())
+    with pytest.raises(DataError, match="heads of the objective is False in the file, True here"):
+        MultimodalModel.load(path, objective=make("SubsetSymile").objective)
 
 
 def test_modalities_in_another_order_are_refused(tmp_path):

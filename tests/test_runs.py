@@ -386,10 +386,10 @@ def test_a_digest_is_what_it_was():
 
 def test_a_changed_default_is_another_run(monkeypatch):
     before = spec()
-    class MLP(spec_module.MLP):
+    class MLP(spec_module.ENCODERS["MLP"]):
         def __init__(self, in_features, dim, width=128, depth=1, norm=True, dropout=0., input_dropout=0.):
             super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
-    monkeypatch.setattr(spec_module, "MLP", MLP)
+    monkeypatch.setitem(spec_module.ENCODERS, "MLP", MLP)
     assert spec().digest != before.digest
     assert spec(encoder_options={"input_dropout": 0.3, "width": 256}).digest == before.digest
     monkeypatch.undo()
@@ -401,10 +401,10 @@ def test_a_changed_default_is_another_run(monkeypatch):
 def test_a_new_option_with_its_old_meaning_is_the_same_run(monkeypatch):
     "Told by its neutral value; without one it is another run."
     before = spec()
-    class MLP(spec_module.MLP):
+    class MLP(spec_module.ENCODERS["MLP"]):
         def __init__(self, in_features, dim, width=256, depth=1, norm=True, dropout=0., input_dropout=0., heads=None):
             super().__init__(in_features, dim, width, depth, norm, dropout, input_dropout)
-    monkeypatch.setattr(spec_module, "MLP", MLP)
+    monkeypatch.setitem(spec_module.ENCODERS, "MLP", MLP)
     assert spec().digest != before.digest
     monkeypatch.setitem(spec_module.NEUTRAL, "encoder_options.heads", None)
     assert spec().digest == before.digest

@@ -118,7 +118,8 @@ def test_fit_is_the_plain_loop():
     """The oracle: the recipe written down without any of the machinery."""
     by_fit, plain = make("Symile candidates"), make("Symile candidates")
     plain.standardiser.fit(TRAIN)
-    fit(by_fit, TRAIN, VALID, target="A", epochs=1, batch_size=50, warmup_steps=10, clip=0.5, progress=False)
+    fit(by_fit, TRAIN, VALID, target="A", epochs=1, learning_rate=1e-3, batch_size=50, warmup_steps=10, clip=0.5,
+        progress=False)
     decayed, other = list(plain.encoders.parameters()), list(plain.objective.parameters())
     optimiser = AdamWScheduleFree([dict(params=decayed, weight_decay=0.01), dict(params=other)], lr=1e-3,
                                   betas=(0.9, 0.95), eps=1e-7,
@@ -249,8 +250,8 @@ def test_skipping_is_the_plain_loop_without_those_batches():
     by_fit, plain = make("PairwiseCLIP"), make("PairwiseCLIP")
     plain.standardiser.fit(TWO_OF_THREE)
     with pytest.warns(UserWarning, match="batches skipped"):
-        fit(by_fit, TWO_OF_THREE, VALID, target="A", epochs=1, batch_size=2, warmup_steps=3, weight_decay=0., clip=1e9,
-            progress=False)
+        fit(by_fit, TWO_OF_THREE, VALID, target="A", epochs=1, learning_rate=1e-3, batch_size=2, warmup_steps=3,
+            weight_decay=0., clip=1e9, progress=False)
     optimiser = AdamWScheduleFree(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.,
                                   warmup_steps=3)
     optimiser.train()

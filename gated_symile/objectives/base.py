@@ -24,6 +24,7 @@ class Objective(nn.Module):
     capabilities: ClassVar[frozenset[str]] = frozenset()
     directions: ClassVar[bool] = True # whether a model hands it unit rows; no: what the encoders give
     style: ClassVar[dict] = {} # how plots draw it: color, marker, linestyle
+    added: ClassVar[dict] = {} # options that came later -> what was before; a saved model that lacks one has that
 
     def __init__(self,
         log_scale:float=0., # initial logarithm of the contrastive scale, from -log(100) to log(100)

@@ -60,6 +60,7 @@ class SubsetSymile(Objective):
     "InfoNCE on a mixture over the subsets of the query modalities that may support a candidate; any M >= 2."
     capabilities = frozenset({"weights"})
     style = dict(color="#000000", marker="P", linestyle=(0, (8, 2)))
+    added = dict(by_diversity=False, heads=False)
 
     def __init__(self,
         log_scale:float=0., # initial logarithm of the contrastive scale, which acts inside the mixture

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .. import core
@@ -32,6 +32,8 @@ from ..model import MultimodalModel, read_about
 from .run import LINE, Run, run_one
 from .spec import files_of, KNOWN, label, load_known, load_plugins, plain, RunSpec
 from ..statistics import bootstrap_interval
+
+if TYPE_CHECKING: from matplotlib.figure import Figure # which takes a second to import, and draws nothing here
 
 # %% ../../nbs/api/runs/record.ipynb #810ec36d
 COLUMNS = ["stage", "data", "objective", "variant", "p", "seed", *LINE, "spec", "digest", "versions", "commit"]
@@ -163,7 +165,7 @@ def run_all(
 
 # %% ../../nbs/api/runs/record.ipynb #028bc39a
 def save_figures(
-    figures:dict[str, Figure], # file name without ending -> figure
+    figures:"dict[str, Figure]", # file name without ending -> figure
     out:str|Path, # folder of results
 ):
     "Figures as PNG and SVG; `OutputError`."
