@@ -68,7 +68,7 @@ def default_encoder(
     shape = [shape] if isinstance(shape, int) else list(shape)
     rows = check_whole("rows", rows, 1)
     if not (dtype.is_floating_point or dtype == torch.uint8):
-        raise MissingError(f"encoder: rows of {dtype} may be tokens or classes: give an encoder, such as BagOfTokens")
+        raise MissingError(f"encoder: rows of {dtype} may be token ids or classes: give an encoder, as BagOfTokens")
     if not 1 <= len(shape) <= 4: raise ShapeError(f"shape must be of 1 to 4 dimensions, got {shape}")
     if len(shape) == 1 or rows < MANY:
         return GentleMLP(shape, dim, input_dropout=default_dropout(math.prod(shape), rows))
