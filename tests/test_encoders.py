@@ -62,7 +62,8 @@ def case(request, transformers):
     return make().eval(), rows
 
 
-def test_every_encoder_of_the_library_is_tried(): assert set(CASES) == set(ENCODERS)
+def test_every_encoder_of_the_library_is_tried():
+    assert set(CASES) == set(ENCODERS) - {"Flat"} # which has no weights: test_linear.py
 
 
 def test_rows_become_vectors_one_by_one(case):

@@ -20,6 +20,6 @@ _all_ = ["Encoder", "ENCODERS", "Frozen", "register_encoder", "MLP", "ResidualML
          "Flat", "SmallCNN", "ImageEncoder", "BagOfTokens", "TransformersEncoder", "GentleMLP", "default_dropout",
          "default_encoder"]
 
-for _encoder in (MLP, ResidualMLP, MaskedMLP, EmbeddedMLP, Flat, SmallCNN, ImageEncoder, BagOfTokens,
+for _encoder in (MLP, ResidualMLP, MaskedMLP, EmbeddedMLP, GentleMLP, Flat, SmallCNN, ImageEncoder, BagOfTokens,
                  TransformersEncoder):
     register_encoder(_encoder)

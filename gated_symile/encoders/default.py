@@ -13,12 +13,11 @@ import torch
 from torch import nn, Tensor
 
 from ..core import check_range, check_whole, MissingError, ShapeError
-from .base import Encoder, register_encoder
+from .base import Encoder
 from .images import SmallCNN
 from .mlp import MLP
 
 # %% ../../nbs/api/encoders/default.ipynb #c01e4b62
-@register_encoder
 class GentleMLP(Encoder):
     "A linear map, and an MLP that starts at zero and learns slowly beside it; the errors of `MLP`."
     def __init__(self,
