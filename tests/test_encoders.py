@@ -10,8 +10,8 @@ from torch import nn
 
 from gated_symile.core import DtypeError, MissingError, RangeError, ShapeError, UnknownNameError, generator
 from gated_symile.data.dataset import MultimodalDataset
-from gated_symile.encoders import (ENCODERS, MLP, BagOfTokens, EmbeddedMLP, Encoder, Frozen, ImageEncoder, MaskedMLP,
-                                   ResidualMLP, SmallCNN, TransformersEncoder, register_encoder)
+from gated_symile.encoders import (ENCODERS, MLP, BagOfTokens, EmbeddedMLP, Encoder, Frozen, GentleMLP, ImageEncoder,
+                                   MaskedMLP, ResidualMLP, SmallCNN, TransformersEncoder, register_encoder)
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.symile import Symile
 from gated_symile.training import fit
@@ -45,6 +45,7 @@ def transformers(monkeypatch):
 CASES = { # name -> a function that makes the encoder, rows for it, the extra it needs
     "MLP": (lambda: MLP(7, DIM, width=16), floats(7), None),
     "ResidualMLP": (lambda: ResidualMLP(7, DIM, width=16, input_dropout=0.1), floats(7), None),
+    "GentleMLP": (lambda: GentleMLP((7,), DIM, width=16, input_dropout=0.1), floats(7), None),
     "MaskedMLP": (lambda: MaskedMLP(7, DIM, [16, 32], 0.1), floats(7).masked_fill(floats(7) > 1, torch.nan), None),
     "EmbeddedMLP": (lambda: EmbeddedMLP(7, DIM, width=16, bins=4), floats(7), "rtdl_num_embeddings"),
     "SmallCNN": (lambda: SmallCNN(DIM, 3, widths=[8, 16]), floats(3, 12, 12), None),

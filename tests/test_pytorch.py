@@ -160,7 +160,7 @@ def test_function_transforms(name, options, holes):
 def test_settings_make_it_again(name, options):
     objective = make(name, options)
     assert objective.settings() == objective.options() | options | {k: v for k, v in objective.settings().items()
-                                                                    if k == "renormalise"}
+                                                                    if k in ("renormalise", "heads")}
     other = make_objective(name, M, D, **objective.settings())
     other.load_state_dict(objective.state_dict())
     e, _ = batch(6, False)

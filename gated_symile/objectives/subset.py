@@ -103,7 +103,7 @@ class SubsetSymile(Objective):
         if present is not None:
             prior = prior.masked_fill(torch.stack([~present[:, list(s)].all(1) for s in subsets]), -math.inf)
         if self.heads:
-            seen = unit(embeddings[target] @ self.head[target].mT)                 # (n, N, D)
+            seen = unit(embeddings[target] @ self.head[target].mT.to(products.dtype)) # (n, N, D)
             return torch.baddbmm(prior[..., None], products, self.logit_scale() * seen.mT)
         scaled = self.logit_scale() * embeddings[target]
         return torch.addmm(prior.reshape(-1, 1), products.flatten(0, 1), scaled.T).unflatten(0, products.shape[:2])
