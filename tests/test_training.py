@@ -376,6 +376,7 @@ def test_an_interrupt_in_the_first_epoch_leaves_the_model_as_it_was():
 def test_ctrl_c_of_a_process_is_no_finished_training():
     "A real signal: the process ends by it, and what comes after `fit` is never reached."
     done = elsewhere("""import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # who started the tests may ignore it
 def press(line): line["epoch"] == 2 and os.kill(os.getpid(), signal.SIGINT)
 t.fit(t.make(), t.TRAIN, t.VALID, **{**t.QUICK, "epochs": 1000, "patience": None}, callbacks=[press])
 print("finished")""")
