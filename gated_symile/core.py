@@ -6,10 +6,10 @@
 __all__ = ['EPS', 'GatedSymileError', 'ShapeError', 'DtypeError', 'NonFiniteError', 'MissingError', 'RangeError',
            'UnknownNameError', 'DataError', 'OutputError', 'check_name', 'check_range', 'check_whole', 'full_precision',
            'upcast', 'unit', 'generator', 'fill_missing', 'readable', 'check_finite', 'check_present',
-           'check_score_shapes', 'check_score_input', 'check_loss_input', 'whole_file']
+           'check_score_shapes', 'check_score_input', 'check_loss_input', 'whole_file', 'whole_folder']
 
 # %% ../nbs/api/core.ipynb #45c06261
-import os, threading
+import os, shutil, threading
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -267,3 +267,24 @@ def whole_file(
     except OSError as error: raise OutputError(f"path: {path} can't be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError): part.unlink()
+
+# %% ../nbs/api/core.ipynb #c98a621e
+@contextmanager
+def whole_folder(
+    folder:str|Path, # where to; folders above are made as needed; may be there if it is empty
+):
+    "A folder to fill, which appears at `folder` when the block ends well, and else not at all; `OutputError`."
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"folder: {folder} is there already and not empty: nothing is overwritten")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try: part.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"folder: {folder} can't be written: {error.strerror or error}") from error
+    try:
+        yield part
+        if folder.exists(): folder.rmdir()                                   # an empty one
+        part.rename(folder)
+    except OSError as error:
+        raise OutputError(f"folder: {folder} can't be written: {error.strerror or error}") from error
+    finally: shutil.rmtree(part, ignore_errors=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
 from ..core import (check_name, check_range, check_whole, DataError, DtypeError, GatedSymileError,
-                               NonFiniteError, OutputError, RangeError, whole_file)
+                               NonFiniteError, OutputError, RangeError, whole_file, whole_folder)
 from .dataset import checked_names, MultimodalDataset
 from .rows import Mapped, Rows
 from .tabular import checked_ids, join_ids, JOINS, mapped_ids, read_id_map
@@ -75,22 +75,6 @@ class _Look:
         return x
 
 # %% ../../nbs/api/data/biobank.ipynb #f16c4155
-@contextmanager
-def _whole_folder(folder):
-    "A folder to write into, which is at `folder` when the block ends well, and else nowhere; `OutputError`."
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"folder: {folder} is there already and not empty: nothing is overwritten")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if folder.exists(): folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        raise OutputError(f"folder: {folder} can't be written: {error.strerror or error}") from error
-    finally: shutil.rmtree(part, ignore_errors=True)
-
 SYNTHETIC = """SYNTHETIC DATA. Written by gated_symile.data.biobank.write_ukb from random numbers: nobody is in it.
 The layout imitates tables of the UK Biobank, so that code can be tried without them; results say nothing of people.
 """
@@ -143,7 +127,7 @@ def write_ukb(
     rng, block = np.random.default_rng([seed, 2*len(WIDTHS) + 1]), max(64, 2**24 // max(look.widths.values()))
     own, other = 1_000_000 + rng.permutation(people), 5_000_000 + rng.permutation(people)
     eids = {name: other if name == "olink" else own for name in WIDTHS}
-    with _whole_folder(folder) as part:
+    with whole_folder(folder) as part:
         (part/"SYNTHETIC.txt").write_text(SYNTHETIC, encoding="utf-8")
         columns = {name: look.columns(name) for name in WIDTHS}
         writers = {name: _Writer(part/f"{name}.feather", [f"{name}_{i}" for i in range(width)])

@@ -7,10 +7,7 @@ __all__ = ['SPLITS', 'CANDIDATES', 'FINDINGS', 'SYNTHETIC', 'BITS', 'write_symil
 
 # %% ../../nbs/api/data/mimic.ipynb #2afe6533
 import json
-import os
-import shutil
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import (check_name, check_range, check_whole, generator, whole_file, DataError, DtypeError,
-                               MissingError, OutputError, ShapeError, UnknownNameError)
+from ..core import (check_name, check_range, check_whole, generator, whole_file, whole_folder,
+                               DataError, DtypeError, MissingError, OutputError, ShapeError, UnknownNameError)
 from .dataset import MultimodalDataset
 from .rows import Chosen, Mapped
 
@@ -158,19 +155,6 @@ def _write_split(place, ending, split, rows, people, labs, waves, seed, bar):
         _write_array(file("label_hadm_id"), np.concatenate([people.ids, people.ids.repeat(CANDIDATES - 1)]))
 
 # %% ../../nbs/api/data/mimic.ipynb #991bb5ad
-@contextmanager
-def _new_folder(folder):
-    "A folder to fill, which appears at `folder` when the block ends well, and else not at all; `OutputError`."
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if folder.is_dir(): folder.rmdir()                                   # an empty one
-        part.rename(folder)
-    except OSError as error:
-        raise OutputError(f"folder: {folder} can't be written: {error.strerror or error}") from error
-    finally: shutil.rmtree(part, ignore_errors=True)
-
 def _says(settings):
     return ("SYNTHETIC. Made up by write_symile_mimic of the Python package gated_symile: no patient, no hospital, "
             f"nothing of MIMIC is in these files.\n{json.dumps(settings, sort_keys=True)}\n")
@@ -242,7 +226,7 @@ def write_symile_mimic(
     parts = np.split(ids, np.cumsum(rows)[:2])
     people = {name: _people(part, p, noise, loadings, draws) for name, part in zip(("train", "val", "test"), parts)}
     todo = 2*(sum(rows) + rows[1])                                           # X-rays and ECGs
-    with _new_folder(folder) as part, tqdm(total=todo, unit="row", disable=not progress, delay=2) as bar:
+    with whole_folder(folder) as part, tqdm(total=todo, unit="row", disable=not progress, delay=2) as bar:
         base = part if layout == "npy" else part/"split1"
         _write_all(base, base/"data_npy" if layout == "npy" else base, ending, people, waves, seed, draws, bar)
         with whole_file(part/SYNTHETIC) as file: file.write(_says(settings).encode())
