@@ -95,6 +95,7 @@ class Stage:
     variants:dict=field(default_factory=lambda: {"chosen": {}}) # name -> settings
     grid:dict=field(default_factory=dict) # setting -> values: every combination is a variant
     settings:dict=field(default_factory=dict) # data -> settings in this stage
+    own:dict=field(default_factory=dict) # objective -> settings in this stage, in place of the plan's own
     tuned:bool=True # whether its runs start from `base`, `data` and what was chosen; else from the library's defaults
 
     def __post_init__(self):
@@ -168,7 +169,7 @@ def planned(
     part, name = plan.stages[check_name("stage", stage, plan.stages)], label(data)
     data = {label(d): d for d in part.data}[check_name("data", name, [label(d) for d in part.data])]
     needs, common = plan.needs_choice(stage), plan.base | plan.data.get(name, {}) if part.tuned else {}
-    common = plan.own.get(objective, {}) | common
+    common = plan.own.get(objective, {}) | part.own.get(objective, {}) | common
     if needs and chosen is None: raise MissingError(f"stage {stage}: nothing is chosen yet for {objective} on {name}")
     common = common | part.settings.get(name, {}) | (chosen if needs else {})
     space = plan.space | plan.own_space.get(objective, {})
