@@ -1,10 +1,14 @@
 "What several files of tests share."
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+if sys.dont_write_bytecode:    # as in many containers, where every process would compile PyTorch anew, for 5 seconds
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT/".pytest_cache"/"bytecode")
+    sys.dont_write_bytecode = os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is None
 
 
 @pytest.fixture(scope="session")

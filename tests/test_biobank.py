@@ -1,7 +1,7 @@
 "The biobank: a look-alike is what it says, mapped rows are those of the files, and nothing is half-written."
-import json
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from gated_symile.model import MultimodalModel
 from gated_symile.objectives.base import make_objective
 from gated_symile.search import rank_dataset
 from gated_symile.training import fit
+from templates import run_cells
 
 WIDTHS = {"olink": 12, "nmr": 5, "ehr": 7}
 same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -272,19 +273,9 @@ def test_a_file_that_was_cut_short_since_is_named(tmp_path):
     refused(DtypeError, "float32 row by row", call=lambda: Stored(tmp_path/"x.npy"))
 
 
-
 # The template
 
-TEMPLATE = json.loads((Path(__file__).parent.parent/"nbs"/"experiments"/"biobank.ipynb").read_text(encoding="utf-8"))
-
-def run_template(**parameters):
-    "Its cells with other parameters, one after the other; what they define."
-    names = {"__name__": "__main__"}
-    for cell in TEMPLATE["cells"]:
-        if cell["cell_type"] != "code": continue
-        exec("".join(cell["source"]), names)
-        if "parameters" in cell["metadata"].get("tags", []): names.update(parameters)
-    return names
+run_template = partial(run_cells, "biobank")
 
 
 WRONG = {

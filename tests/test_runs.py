@@ -30,16 +30,7 @@ from gated_symile.runs.record import (load_run, open_folder, rank_files, read_re
                                       weights_file)
 from gated_symile.runs.run import run_one, split_data
 from gated_symile.runs.spec import label, make_specs, RunSpec
-
-ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE, RANK = (ROOT/"nbs"/"experiments"/f"{name}.ipynb" for name in ("retrieval", "rank"))
-
-
-def papermill(folder, *parameters, template=TEMPLATE):
-    "Run a template in `folder`."
-    return subprocess.run([sys.executable, "-m", "papermill", str(template), "executed.ipynb", "-k", "python3",
-                           "--no-progress-bar", *parameters],
-                          cwd=folder, capture_output=True, text=True, timeout=300)
+from templates import papermill, run_cells
 
 
 def tables_with_holes(folder, rows=90):
@@ -58,7 +49,7 @@ def tables_with_holes(folder, rows=90):
 def test_a_persons_own_tables_from_end_to_end(tmp_path):
     (tmp_path/"tables").mkdir()
     tables_with_holes(tmp_path/"tables")
-    done = papermill(tmp_path, "-p", "data", "tables", "-p", "target", "image", "-y", "p: [0, 0.5]", "-y",
+    done = papermill("retrieval", tmp_path, "-p", "data", "tables", "-p", "target", "image", "-y", "p: [0, 0.5]", "-y",
                      "seeds: [0, 1]", "-p", "epochs", "2",
                      "-p", "dim", "8", "-p", "batch_size", "16", "-p", "out", "results/mine", "-y",
                      "data_options: {id: Patient ID}",
@@ -95,17 +86,19 @@ def test_a_wrong_parameter_is_named(parameters, words):
 
 
 def test_a_wrong_parameter_stops_a_template_at_once(tmp_path):
-    done = papermill(tmp_path, "-p", "epoch", "3")
+    done = papermill("retrieval", tmp_path, "-p", "epoch", "3")
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
     assert done.returncode != 0 and re.search("parameter: 'epoch' is unknown.*did you mean 'epochs'", said,
                                               re.S), said[-2000:]
     assert not (tmp_path/"runs").exists()
 
 
-def test_out_that_cannot_be_written_stops_before_training(tmp_path):
+def test_out_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module, "run_one", lambda *args: pytest.fail("something ran"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path/"file").touch()
-    done = papermill(tmp_path, "-p", "out", "file/inside")
-    assert done.returncode != 0 and "out: can't write to 'file/inside'" in done.stderr
+    with pytest.raises(OutputError, match="out: can't write to 'file/inside'"):
+        run_cells("retrieval", out="file/inside")
 
 
 def test_one_folder_for_many_at_a_time(tmp_path):
@@ -340,8 +333,8 @@ def test_ranking_files_without_python(a_run, tables, tmp_path):
     for name in ("blood test", "text-note"):
         (tmp_path/"new").mkdir(exist_ok=True)
         shutil.copy(tables/f"{name}.parquet", tmp_path/"new")
-    done = papermill(tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "bank", str(tables), "-p",
-                     "k", "3", "-p", "out", "ranked", template=RANK)
+    done = papermill("rank", tmp_path, "-p", "weights", str(a_run[1]), "-p", "data", "new", "-p", "bank", str(tables),
+                     "-p", "k", "3", "-p", "out", "ranked")
     assert done.returncode == 0, done.stderr[-3000:]
     ranked, saved = pd.read_parquet(tmp_path/"ranked"/"ranked.parquet"), load_run(a_run[1])
     queries = quietly(saved.read, tmp_path/"new", saved.queries)
@@ -673,9 +666,9 @@ class Mine(Objective):
 """
 
 
-def test_an_objective_of_ones_own_through_the_template(tmp_path):
+def test_an_objective_of_ones_own_through_the_templates(tmp_path, monkeypatch):
     (tmp_path/"mine.py").write_text(MINE)
-    done = papermill(tmp_path, "-y", "objectives: [Mine, Symile]", "-y", "plugins: [mine.py]", "-y",
+    done = papermill("retrieval", tmp_path, "-y", "objectives: [Mine, Symile]", "-y", "plugins: [mine.py]", "-y",
                      "objective_options: {Mine: {power: 2}}", "-y", "p: [0.5]", "-p", "epochs", "2",
                      "-p", "dim", "8", "-p", "out", "out")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -684,11 +677,12 @@ def test_an_objective_of_ones_own_through_the_template(tmp_path):
     assert {"top1", "weight of fou", "AUROC of fou"} <= set(mine["metric"])
     assert json.loads(mine["spec"].iloc[0])["objective_options"] == {"log_scale": 1., "power": 2}
     weights, = (tmp_path/"out"/"weights").glob("Mine_*")
-    ranked = papermill(tmp_path, "-p", "weights", str(weights), "-y", "plugins: [mine.py]", "-p", "k", "2", "-p",
-                       "out", "ranked", template=RANK)
-    assert ranked.returncode == 0, ranked.stderr[-3000:]
-    done = papermill(tmp_path, "-y", "objectives: [Mine]", "-p", "out", "again")
-    assert done.returncode != 0 and "objectives: 'Mine' is unknown" in re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(objectives_base, "_REGISTRY", registered())    # here it is unknown, until its file is named
+    with pytest.raises(UnknownNameError, match="objectives: 'Mine' is unknown"):
+        run_cells("retrieval", objectives=["Mine"], out="again")
+    ranked = run_cells("rank", weights=str(weights), plugins=["mine.py"], k=2, out="ranked")["ranked"]
+    assert (ranked.groupby("query").size() == 2).all() and (tmp_path/"ranked"/"ranked.csv").is_file()
 
 
 def test_an_objective_of_ones_own_in_audit_and_sweep(tmp_path):
@@ -717,16 +711,22 @@ assert make_specs(objectives="Mine", plugins="mine.py", p=0., epochs=1, dim=8)[0
 
 def test_an_objective_of_a_cell_is_known_by_its_code(tmp_path):
     "It has no file: the same class is the same run, in another process too; an edited one is another."
-    code = MINE + """
+    code = """
+import sys
 from gated_symile.runs.spec import make_specs
-print(make_specs(objectives="Mine", p=0., epochs=1, dim=8)[0].digest)
+for cell in sys.argv[1:]:
+    exec(cell)
+    print(make_specs(objectives="Mine", p=0., epochs=1, dim=8)[0].digest)
 """
-    edits = code, code, code.replace("self.power * queries", "queries"), code.replace("+ 0.5", "+ 0.25")
-    done = [subprocess.run([sys.executable, "-"], input=text, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-            for text in (*edits, code.replace('{"weights"}', "()"))]
-    assert not any(d.returncode for d in done), done[-1].stderr[-3000:]
-    same, again, *others = [d.stdout.strip() for d in done]
-    assert same == again and len({same, *others}) == 4
+    def digests(*cells):
+        done = subprocess.run([sys.executable, "-", *cells], input=code, cwd=tmp_path, capture_output=True, text=True,
+                              timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()
+    others = [MINE.replace(*edit) for edit in (("self.power * queries", "queries"), ("+ 0.5", "+ 0.25"),
+                                               ('{"weights"}', "()"))]
+    same, *others, again = digests(MINE, *others, MINE)
+    assert [same] == [again] == digests(MINE) and len({same, *others}) == 4
 
 
 def test_plugins_of_one_file_name_are_apart(tmp_path, monkeypatch):
