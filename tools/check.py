@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):    # each of some hundred processes would compile PyTorch anew, for 5 seconds
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):    # else each process compiles PyTorch anew, for 5 seconds
     os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT/".pytest_cache"/"bytecode")
 WORKERS = str(max(1, (os.cpu_count() or 1) // int(THREADS)))
 AGREE = ["tests/test_notebooks.py", "tests/test_imports.py"]
