@@ -410,7 +410,7 @@ def make_specs(
     data:str|list="mfeat", # a name of `KNOWN`, such as `"nhanes"`, or a path to `.npz`, a folder or a list of tables
     target:str|None=None, # the modality to be found; `None`: the usual one (mfeat: pix, xnor: A; your own data: none)
     queries:list|None=None, # the modalities to find it by; `None`: the usual ones, or all others
-    objectives:list=["PairwiseCLIP", "Symile", "GatedSymile"], # class names
+    objectives:list=["PairwiseCLIP", "Symile", "GatedSymile", "LinearGaussian"], # class names
     p:list=[0., 0.5], # probabilities that a row has one query modality corrupted
     seeds:list=[0], # of data, weights and training
     epochs:int|None=None, # at most; `None`: by the number of rows, as `training_rule` says
