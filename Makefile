@@ -27,10 +27,10 @@ $(BIN)/pip:
 	  { echo "Python $(MIN) or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv
 
-demo: $(READY) ## train five objectives on real data; results in runs/demo (some three minutes)
+demo: $(READY) ## train six objectives on real data; results in runs/demo (some three minutes)
 	@mkdir -p $(DEMO)
 	@$(BIN)/python -m papermill nbs/experiments/retrieval.ipynb $(DEMO)/retrieval.ipynb --kernel python3 \
-	  -p data mfeat -p out $(DEMO) -y 'objectives: [PairwiseCLIP, TRIANGLE, Symile, GatedSymile, SubsetSymile]' -y 'p: [0, 0.5, 1]'
+	  -p data mfeat -p out $(DEMO) -y 'objectives: [PairwiseCLIP, TRIANGLE, Symile, GatedSymile, SubsetSymile, LinearGaussian]' -y 'p: [0, 0.5, 1]'
 	@$(BIN)/python -m nbconvert --log-level ERROR --to html $(DEMO)/retrieval.ipynb
 	@$(BIN)/python tools/demo.py $(DEMO)
 

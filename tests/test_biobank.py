@@ -17,7 +17,7 @@ from gated_symile.data import biobank
 from gated_symile.data.batches import read_batches
 from gated_symile.data.biobank import constant_where_absent, Placed, Stored, ukb, ukb_splits, write_ukb
 from gated_symile.data.tabular import split_by_ids
-from gated_symile.encoders import MaskedMLP
+from gated_symile.encoders import Flat, MaskedMLP
 from gated_symile.model import MultimodalModel
 from gated_symile.objectives.base import make_objective
 from gated_symile.search import rank_dataset
@@ -312,3 +312,10 @@ def test_the_template_runs_on_a_folder_and_goes_on_where_it_was(folder, tmp_path
     counts = table[table["metric"] == "top1"].set_index(["join", "rows"])
     assert counts.loc[("union", "all"), "candidates"] == counts.loc[("union", "all"), "n"].item()
     assert len(quietly(run_template, **{**parameters, "absent": "constant", "holes": "mean", "join": "union"})["table"])
+
+
+def test_the_template_has_a_floor_that_takes_rows_as_they_are(folder, tmp_path):
+    made = quietly(run_template, folder=str(folder), objectives=["LinearGaussian"], out=str(tmp_path/"out"))
+    for file in made["files"]:
+        assert {type(encoder) for encoder in MultimodalModel.load(file).encoders.values()} == {Flat}
+    assert set(made["table"]["join"]) == {"intersect", "union"}

@@ -356,6 +356,8 @@ def test_ranking_files_without_python(a_run, tables, tmp_path):
 
 # of GatedSymile on mfeat at p = 0.5, all else as the library had it when runs were first recorded
 DIGEST = "b3f57a8ebf9ccf5afde7f6b2abe2e67abe6a134272b39db9c6875806e17c30bb"
+# of Symile on two tables of three rows, before they could be read by more than an id
+OWN_DIGEST = "773b48b35845ceaeaa5165b5f66eef32bb09d7cdc00edca4c5fa6fed5367d515"
 
 
 def spec(**settings): return RunSpec(**{"data": "mfeat", "objective": "GatedSymile", **settings})
@@ -373,11 +375,83 @@ def test_whatever_changes_a_run_changes_its_digest(changes):
     assert spec(**changes).digest != spec(p=0.12345).digest
 
 
-def test_a_digest_is_what_it_was():
+def test_a_digest_is_what_it_was(tmp_path):
     """Changing what it is made of would un-record every run: it needs another `VERSION`, and the records carried over.
     A default that has changed since is spelt out: what it was, is still that run."""
     before = dict(epochs=60, learning_rate=1e-3, patience=10)
     assert spec(p=0.5, encoder_options={"input_dropout": 0.3}, training_options=before).digest == DIGEST
+    (tmp_path/"a.csv").write_text("id,x,y\n1,0.5,1\n2,1.5,0\n3,2.5,2\n")
+    (tmp_path/"b.csv").write_text("id,z\n1,3\n2,1\n4,2\n")
+    own = RunSpec(str(tmp_path), "Symile", target="a", encoder_options={"input_dropout": 0.3}, training_options=before)
+    assert own.digest == OWN_DIGEST
+    same = dict(join="union", categories=None, id_maps=None)
+    assert replace(own, data_options=same).digest == OWN_DIGEST
+
+
+def tables_of_words(folder, rows=60):
+    "Tables with a column of words, ids of their own in one of them, a map, and people who aren't everywhere."
+    rng, ids = np.random.default_rng(0), np.arange(rows)
+    hidden = rng.normal(size=rows)
+    folder.mkdir()
+    scan = pd.DataFrame({"id": 1000 + ids, "left": hidden, "right": hidden + 0.1*rng.normal(size=rows)})
+    blood = pd.DataFrame({"id": ids, "iron": hidden + 0.1*rng.normal(size=rows), "sex": np.where(hidden > 0, "f", "m")})
+    scan.to_csv(folder/"scan.csv", index=False)
+    blood[5:].to_csv(folder/"blood.csv", index=False)
+    pd.DataFrame({"id": ids, "age": hidden})[:40].to_csv(folder/"age.csv", index=False)
+    pd.DataFrame({"scan": 1000 + ids, "id": ids}).to_csv(folder.parent/"who.csv", index=False)
+    return dict(categories={"sex": ["f", "m"]}, id_maps={"scan": str(folder.parent/"who.csv")})
+
+
+def of_words(folder, **options):
+    return RunSpec(str(folder), "LinearGaussian", target="scan", queries=["blood"], data_options=options)
+
+
+def test_how_a_persons_tables_are_read_is_part_of_a_run(tmp_path):
+    options = tables_of_words(tmp_path/"a")
+    both = of_words(tmp_path/"a", **options)
+    train, *rest = quietly(split_data, both)
+    assert train.columns["blood"] == ["iron", "sex=f", "sex=m"] and len(train) + sum(map(len, rest)) == 60
+    whole = of_words(tmp_path/"a", join="intersect", **options)            # of scan and blood, without age
+    with pytest.warns(UserWarning, match="join: 5 of 60 rows left out"): parts = split_data(whole)
+    assert sum(map(len, parts)) == 55 and all(part.present is None for part in parts)
+    wider = replace(both, data_options={**options, "categories": {"sex": ["f", "m", "x"]}})
+    assert len({run.digest for run in (both, whole, wider)}) == 3
+    for name, wrong, error, said in (
+            ("categories", 3, DtypeError, "must be 'one-hot', or a dict"),
+            ("categories", None, DtypeError, "retrieval template takes either in data_options"),
+            ("id_maps", "who.csv", DtypeError, "must be a dict from modalities to paths of tables"),
+            ("id_maps", {"scna": "x.csv"}, UnknownNameError, "did you mean 'scan'"),
+            ("id_maps", {"scan": "nowhere.csv"}, FileNotFoundError, "nowhere.csv"),
+            ("join", "inner", UnknownNameError, "expected one of 'union', 'intersect'")):
+        with pytest.raises(error, match=said): of_words(tmp_path/"a", **{**options, name: wrong})
+    with pytest.raises(UnknownNameError, match="categories"): RunSpec("mfeat", "Symile", data_options=options)
+
+
+def test_an_id_map_counts_by_its_content(tmp_path):
+    options = tables_of_words(tmp_path/"a")
+    before, path = of_words(tmp_path/"a", **options), tmp_path/"who.csv"
+    shutil.copy(path, tmp_path/"copy.csv")
+    elsewhere = {**options, "id_maps": {"scan": str(tmp_path/"copy.csv")}}
+    assert of_words(tmp_path/"a", **elsewhere).digest == before.digest
+    pd.read_csv(path).assign(id=lambda table: table["id"].to_numpy()[::-1]).to_csv(path, index=False)
+    assert of_words(tmp_path/"a", **options).digest != before.digest
+    with pytest.raises(DataError, match="has changed since the specification was made"): split_data(before)
+
+
+def test_new_tables_are_read_as_in_training(tmp_path):
+    options = tables_of_words(tmp_path/"a")
+    quietly(run_all, [spec := of_words(tmp_path/"a", **options)], tmp_path/"out", progress=False)
+    saved = load_run(weights_file(tmp_path/"out", spec))
+    rows = quietly(saved.read, tmp_path/"a", id_maps=options["id_maps"])
+    assert len(rows) == 60 and rows.columns["blood"] == ["iron", "sex=f", "sex=m"]
+    assert len(saved.read(tmp_path/"a", "scan")) == 60                     # no word in it, and ids as they are
+    assert len(saved.read(tmp_path/"a", "blood", id_maps=options["id_maps"])) == 55
+    with pytest.raises(UnknownNameError, match="id_maps: 'scam'"): saved.read(tmp_path/"a", id_maps={"scam": "x"})
+    ranked = quietly(rank_files, weights_file(tmp_path/"out", spec), tmp_path/"a", id_maps=options["id_maps"], k=1,
+                     out=tmp_path/"ranked")
+    assert set(ranked["query"]) == set(map(str, range(5, 60))) and ranked["candidate"].astype(int).max() < 60
+    pd.read_csv(tmp_path/"a"/"blood.csv").drop(columns="sex").to_csv(tmp_path/"a"/"blood.csv", index=False)
+    with pytest.raises(UnknownNameError, match="categories: 'sex' is unknown"): saved.read(tmp_path/"a", "blood")
 
 
 def test_a_changed_default_is_another_run(monkeypatch):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .. import core
 from ..bank import retrieve
-from ..core import whole_file, DataError, MissingError, OutputError, UnknownNameError
+from ..core import check_name, whole_file, DataError, MissingError, OutputError, UnknownNameError
 from ..data.dataset import checked_names, MultimodalDataset
 from ..data.tabular import load_tabular
 from ..model import MultimodalModel, read_about
@@ -221,16 +221,31 @@ class SavedRun:
         own = {o: v for o, v in spec["data_options"].items() if o in ("log", "columns")} if spec["data"] == data else {}
         return load_known(data, names, **own)
 
+    def _how(self, data, names, id, id_maps):
+        "Options of `load_tabular` for these tables; of arrays nothing but ids can be said."
+        own = self.about["spec"]["data_options"]
+        arrays = isinstance(data, (str, Path)) and Path(data).suffix.lower() == ".npz"
+        categories = None if arrays else own.get("categories")
+        if isinstance(categories, dict):
+            known = [column for name in names for column in self.model.standardiser.columns.get(name) or ()]
+            categories = {c: words for c, words in categories.items() if any(k.startswith(f"{c}=") for k in known)}
+        if isinstance(id_maps, dict):
+            for name in id_maps: check_name("id_maps", name, self.model.names)
+            id_maps = {name: path for name, path in id_maps.items() if name in names}
+        return dict(id=id or own.get("id", "id"), names=names, categories=categories, id_maps=id_maps)
+
     def read(self,
         data:str|Path|list, # a packaged set: `"mfeat"`; or a path to an `.npz` file, a folder or a list of tables
         names:str|list[str]|None=None, # the modalities to read, such as those to ask by; `None`: all that the model has
         id:str|None=None, # for tables: the column that names the rows; `None`: as in training
+        id_maps:dict|None=None, # for tables: as in `load_tabular`; new ids need new maps, so never as in training
     ) -> MultimodalDataset: # raw; rows in which none of these modalities is present are left out
         "New rows that fit the model; `MissingError` for a modality that isn't there, errors of reading and `check`."
         names = self.model.names if names is None else checked_names(names, self.model.names)
-        id = id or self.about["spec"]["data_options"].get("id", "id")
-        try: rows = self._known(data, names) if data in KNOWN else load_tabular(data, id=id, names=names)
+        how = self._how(data, names, id, id_maps)
+        try: rows = self._known(data, names) if data in KNOWN else load_tabular(data, **how)
         except UnknownNameError as error:
+            if not str(error).startswith("modality"): raise
             wanted, hint = ", ".join(map(repr, names)), "name those there are (`names`, of the template `queries`)"
             raise MissingError(f"data lacks a modality of {wanted} ({error}); the model can go without some of those "
                                f"it asks by: {hint}") from error
@@ -257,6 +272,7 @@ def rank_files(
     queries:list[str]|None=None, # the modalities to ask by; `None`: all that the model asks by
     k:int=10, # how many candidates to name for each row
     id:str|None=None, # for tables: the column that names the rows; `None`: as in training
+    id_maps:dict|None=None, # for tables: modality -> table of two columns, its own ids and those they stand for
     out:str|Path="runs/rank", # folder of the result
     plugins:list=[], # as in `load_run`
 ) -> pd.DataFrame: # `query` (id or row), `rank` from 1, `candidate` (id or row of the bank), `score`
@@ -264,8 +280,8 @@ def rank_files(
     if weights is None: raise MissingError("weights: give the file of weights that an experiment has saved")
     bank = data if bank is None else bank
     folder, saved = open_folder(out, plain("data", data), plain("bank", bank)), load_run(weights, plugins)
-    asked = saved.read(data, saved.queries if queries is None else queries, id)
-    ranked = retrieve(saved.model, asked, saved.read(bank, saved.target, id), saved.target, k)
+    asked = saved.read(data, saved.queries if queries is None else queries, id, id_maps)
+    ranked = retrieve(saved.model, asked, saved.read(bank, saved.target, id, id_maps), saved.target, k)
     with whole_file(folder/"ranked.csv") as file: ranked.to_csv(file, index=False)
     with whole_file(folder/"ranked.parquet") as file: ranked.to_parquet(file, index=False)
     return ranked
