@@ -11,8 +11,8 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
            'Blur', 'Borrow', 'Chain', 'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter',
            'Mask', 'Mirror', 'Noise', 'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed',
            'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits',
-           'synthetic_xnor', 'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'mfeat', 'nhanes',
-           'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
+           'synthetic_xnor', 'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat',
+           'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
            'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP',
            'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
            'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about',
@@ -45,6 +45,7 @@ from .data.splits import corrupted_splits
 from .data.xnor import synthetic_xnor
 from .data.xor import synthetic_xor
 from .data.bits import bits_labels, BitViews, synthetic_bits
+from .data.trifeature import trifeature
 from .data.mfeat import mfeat
 from .data.nhanes import nhanes
 from .data.tcga import tcga_brca
@@ -76,7 +77,7 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "Grey", "HideTokens", "Jitter", "Mask", "Mirror", "Noise", "register_augment", "Scale", "Views",
          "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "bits_labels",
-         "BitViews", "synthetic_bits", "mfeat",
+         "BitViews", "synthetic_bits", "trifeature", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
          "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
          "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",

@@ -13,6 +13,7 @@ from gated_symile import (
 )
 from gated_symile import (
     Augment, BitViews, Chain, Noise, Views, bits_labels, default_augment, register_augment, synthetic_bits,
+    trifeature,
     BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
     register_encoder, split_by_ids, symile_mimic, SymileMIMIC, tcga_brca, ukb, ukb_splits, write_symile_mimic,
 )
@@ -73,6 +74,8 @@ def kinds() -> dict[str, Tensor]:
     bits = synthetic_bits(20, n_modalities=3, generator=generator(0))
     twin: dict[str, Tensor] = BitViews(together=False)(bits.modalities, generator(1))
     assert list(twin) == bits.names
+    pictures: MultimodalDataset = trifeature(pairs=20, size=8, views=1, generator=generator(0))["test"].rows
+    assert pictures.names == ["image1", "image2"]
     return bits_labels(bits)
 
 
