@@ -200,7 +200,7 @@ class Mirror(Augment):
 
     def _change(self, x, generator): return x.flip(-1)
 
-# %% ../nbs/api/augment.ipynb #9693d1cc
+# %% ../nbs/api/augment.ipynb #b2ee8c73
 _LUMA = 0.299, 0.587, 0.114 # how bright red, green and blue look (ITU-R BT.601)
 
 def _colours(saturation, angle):
@@ -213,6 +213,7 @@ def _colours(saturation, angle):
     turn = angle.cos() * same + angle.sin() * cross + (1 - angle.cos()) * one / 3      # Rodrigues' rotation
     return turn @ vivid
 
+# %% ../nbs/api/augment.ipynb #a78b390c
 class Jitter(Augment):
     "Brightness, contrast, saturation, hue (CoMM: the defaults); `RangeError`, `DtypeError`, `ShapeError`: no colours."
     takes, dims = "(rows, channels, height, width), of 3 channels where saturation or hue is not 0", (3, 5)
@@ -304,7 +305,7 @@ class HideTokens(Augment):
         stays = torch.zeros_like(said).scatter_(1, draws.argmax(1, keepdim=True), True)
         return x.masked_fill(said & ~stays & (draws < share), self.to)
 
-# %% ../nbs/api/augment.ipynb #d8a61703
+# %% ../nbs/api/augment.ipynb #37c71cd3
 AUGMENTS: dict[str, type[Told]] = {} # by name of the class
 
 Kind = TypeVar("Kind", bound=type[Told])
@@ -321,6 +322,7 @@ def register_augment(
     AUGMENTS[augment.__name__] = augment
     return augment
 
+# %% ../nbs/api/augment.ipynb #d144cd42
 def augment_about(
     augment:nn.Module, # a change of rows
 ) -> dict: # `class` and `settings`, as JSON can hold them

@@ -48,7 +48,14 @@ def bits_labels(
     names = ["redundancy", *(f"unique{m}" for m in range(1, len(own) + 1)), "synergy"]
     return {name: (sign > 0).long() for name, sign in zip(names, signs)}
 
-# %% ../../nbs/api/data/bits.ipynb #301f0bf5
+# %% ../../nbs/api/data/bits.ipynb #eae61518
+def _signs(flip, together, rows, n_modalities, draw):
+    "Signs `(rows, M)` for the parity bits: -1 in two modalities of a row, or in any."
+    hit = draw(torch.rand, rows, n_modalities) < flip
+    if not together: return 1. - 2. * hit
+    order = draw(torch.rand, rows, n_modalities).argsort(1)
+    return 1. - 2. * (hit[:, :1] & (order < 2))                                  # the first two of a random order
+
 @register_augment
 class BitViews(Told):
     "A copy of rows of `synthetic_bits`, all modalities at once; `RangeError`, `DtypeError`."
@@ -62,14 +69,6 @@ class BitViews(Told):
         self.noise, self.flip = float(check_range("noise", noise, 0)), float(check_range("flip", flip, 0, 1))
         self.together, self.anew = bool(together), bool(anew)
 
-    def _signs(self, rows, n_modalities, draw):
-        "Signs `(rows, M)` of the parity bits."
-        hit = draw(torch.rand, rows, n_modalities) < self.flip
-        if self.together:
-            order = draw(torch.rand, rows, n_modalities).argsort(1)
-            hit = hit[:, :1] & (order < 2)                                       # two places of a random order
-        return 1. - 2. * hit
-
     def forward(self,
         batch:Mapping[str, Tensor], # every modality, name -> rows `(rows, 3 + noise)`; NaN is missing
         generator:torch.Generator|None=None, # on any device; `None`: PyTorch's own
@@ -82,7 +81,7 @@ class BitViews(Told):
         def draw(how, *shape):
             device = some.device if generator is None else generator.device
             return how(shape, generator=generator, device=device).to(some)
-        signs = self._signs(len(some), len(batch), draw)
+        signs = _signs(self.flip, self.together, len(some), len(batch), draw)
         for m, (name, x) in enumerate(batch.items()):
             signed = torch.cat([x[:, :2], x[:, 2:3] * signs[:, m:m+1], x[:, 3:]], 1)
             normal = draw(torch.randn, *x.shape)

@@ -18,7 +18,7 @@ from ..core import check_range, check_whole, DtypeError, RangeError, ShapeError
 from .dataset import MultimodalDataset
 from .rows import Chosen
 
-# %% ../../nbs/api/data/trifeature.ipynb #89a2b9a6
+# %% ../../nbs/api/data/trifeature.ipynb #bb920539
 Plane = Callable[[Tensor, Tensor], Tensor] # signed distance of points `(x, y)` from a figure, negative inside
 
 def _box(x, y, left, right, top, bottom):
@@ -35,6 +35,7 @@ def _polygon(x, y, corners):
 
 def _regular(n): return [(math.sin(2*math.pi*k/n), -math.cos(2*math.pi*k/n)) for k in range(n)]
 
+# %% ../../nbs/api/data/trifeature.ipynb #9a4f5522
 def _star(x, y):
     "Five points: all of them are one edge, seen in turned and mirrored wedges."
     angle, length, wedge = torch.atan2(x, -y), torch.hypot(x, y), 2*math.pi/5
@@ -65,7 +66,7 @@ SHAPES: dict[str, Plane] = {
     "trapezoid": lambda x, y: _polygon(x, y, [(-0.4, -0.7), (0.4, -0.7), (1, 0.7), (-1, 0.7)]),
 }
 
-# %% ../../nbs/api/data/trifeature.ipynb #147256d1
+# %% ../../nbs/api/data/trifeature.ipynb #c95c5f0b
 def _wave(x): return (x - x.floor() - 0.5).abs()                          # 1/2 at whole numbers, 0 half-way between
 def _spot(x): return (x - x.round()).abs()                                # 0 at whole numbers, 1/2 half-way
 
@@ -96,6 +97,7 @@ def _noise(u, v, table):
     i, j = ((2*w).floor().long() % table.shape[1] for w in (u, v))
     return table.flatten(1).gather(1, (i * table.shape[1] + j).flatten(1)).view_as(u) - 0.5
 
+# %% ../../nbs/api/data/trifeature.ipynb #7031ba9a
 TEXTURES: dict[str, Callable] = { # signed distance in periods; `noise` takes a table besides
     "solid": lambda u, v: torch.full_like(u, -1.), "stripes": lambda u, v: _wave(u) - 0.25,
     "grid": lambda u, v: torch.minimum(_spot(u), _spot(v)) - 0.17, "hexgrid": _hexagons,
@@ -108,7 +110,16 @@ COLOURS = { # red, green, blue
     "purple": (.3, 0, .5), "ocean": (.1, .4, .5), "orange": (1, .6, 0), "white": (1, 1, 1),
 }
 
-# %% ../../nbs/api/data/trifeature.ipynb #de89b36d
+# %% ../../nbs/api/data/trifeature.ipynb #f72cada2
+def _checked(features):
+    "Whole numbers from 0 to 9, three a row."
+    if not isinstance(features, Tensor) or features.dtype != torch.int64:
+        raise DtypeError(f"features must be a tensor of torch.int64, got {getattr(features, 'dtype', type(features))}")
+    if features.dim() != 2 or features.shape[1] != 3:
+        raise ShapeError(f"features must have shape (rows, 3): shape, texture, colour; got {tuple(features.shape)}")
+    if ((features < 0) | (features > 9)).any(): raise RangeError("features must lie in [0, 9]")
+    return features
+
 def _turned(size, centre, angle):
     "Where each pixel lies, from centres `(rows, 2)`, turned by `(rows,)`: two tensors `(rows, size, size)`."
     place = torch.arange(size) + 0.5
@@ -125,7 +136,7 @@ def _covered(planes, which, x, y, unit, tables=None):
         cover[at] = (0.5 - unit * planes[k](x[at] / unit, y[at] / unit, *more)).clamp(0, 1)
     return cover
 
-# %% ../../nbs/api/data/trifeature.ipynb #b9489445
+# %% ../../nbs/api/data/trifeature.ipynb #efa72ec5
 def draw_trifeature(
     features:Tensor, # int64 `(rows, 3)`: which of `SHAPES`, `TEXTURES`, `COLOURS`
     size:int=48, # side of a picture, pixels
@@ -153,15 +164,6 @@ def draw_trifeature(
         seen = 0.5 + inside[:, None] * (on[:, None] * colours[colour][..., None, None] - 0.5)
         pictures[at] = seen.mul_(255).round_().byte()
     return pictures
-
-def _checked(features):
-    "Whole numbers from 0 to 9, three a row."
-    if not isinstance(features, Tensor) or features.dtype != torch.int64:
-        raise DtypeError(f"features must be a tensor of torch.int64, got {getattr(features, 'dtype', type(features))}")
-    if features.dim() != 2 or features.shape[1] != 3:
-        raise ShapeError(f"features must have shape (rows, 3): shape, texture, colour; got {tuple(features.shape)}")
-    if ((features < 0) | (features > 9)).any(): raise RangeError("features must lie in [0, 9]")
-    return features
 
 # %% ../../nbs/api/data/trifeature.ipynb #c056307f
 def trifeature_splits(
@@ -211,7 +213,7 @@ def trifeature_labels(
     return {"redundancy": first[:, 0], "unique1": first[:, 1], "unique2": second[:, 1],
             "synergy": _obeys(features, pairs, pi).long()}
 
-# %% ../../nbs/api/data/trifeature.ipynb #84966188
+# %% ../../nbs/api/data/trifeature.ipynb #7af0732f
 TRIFEATURE_PAPER = {"size": 224, "side": 128., "period": 10.} # pixels, as published: `trifeature(**TRIFEATURE_PAPER)`
 
 class LabelledPairs(NamedTuple):
@@ -219,6 +221,7 @@ class LabelledPairs(NamedTuple):
     rows:MultimodalDataset # `image1`, `image2`: uint8 `(rows, 3, size, size)`, taken from the pictures when asked for
     labels:dict[str, Tensor] # as of `trifeature_labels`
 
+# %% ../../nbs/api/data/trifeature.ipynb #48762f39
 def trifeature(
     biased:bool=False, # whether the training pairs obey `pi`
     pairs:int=10_000, # how many of them, and how many to fit probes to
