@@ -7,16 +7,19 @@ __version__ = "0.1.0"
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
            'NeutralDirections', 'ModalityGate', 'make_objective', 'register', 'registered', 'Objective', 'PairwiseCLIP',
-           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Column',
-           'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian',
-           'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca',
-           'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
-           'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen',
-           'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN',
-           'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics',
-           'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank',
-           'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule', 'accuracy_by_corruption', 'gate_by_corruption',
-           'audit', 'audit_score', 'detection', 'verdict', 'probe', 'tune']
+           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Augment',
+           'Blur', 'Borrow', 'Chain', 'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter',
+           'Mask', 'Mirror', 'Noise', 'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed',
+           'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits',
+           'synthetic_xnor', 'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat',
+           'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
+           'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP',
+           'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
+           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about',
+           'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true',
+           'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
+           'tune']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -33,12 +36,16 @@ from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
 from .objectives.linear import LinearGaussian
+from .augment import (Augment, Blur, Borrow, Chain, comm_augment, Crop, default_augment, Drop, Grey,
+                                  HideTokens, Jitter, Mask, Mirror, Noise, register_augment, Scale, Views)
 from .data.rows import Column, Files, Mapped, Transformed
 from .data.dataset import MultimodalDataset
 from .data.corruption import corrupt, corrupt_one, Flip, Gaussian, Missing, Swap
 from .data.splits import corrupted_splits
 from .data.xnor import synthetic_xnor
 from .data.xor import synthetic_xor
+from .data.bits import bits_labels, BitViews, synthetic_bits
+from .data.trifeature import trifeature
 from .data.mfeat import mfeat
 from .data.nhanes import nhanes
 from .data.tcga import tcga_brca
@@ -66,8 +73,11 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
          "LogitScale", "NeutralDirections", "ModalityGate", "make_objective", "register", "registered", "Objective",
          "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
-         "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
-         "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
+         "LinearGaussian", "Augment", "Blur", "Borrow", "Chain", "comm_augment", "Crop", "default_augment", "Drop",
+         "Grey", "HideTokens", "Jitter", "Mask", "Mirror", "Noise", "register_augment", "Scale", "Views",
+         "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
+         "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "bits_labels",
+         "BitViews", "synthetic_bits", "trifeature", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
          "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
          "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",

@@ -12,6 +12,8 @@ from gated_symile import (
     save_bank, synthetic_xnor, top_k, unit, verdict,
 )
 from gated_symile import (
+    Augment, BitViews, Chain, Noise, Views, bits_labels, default_augment, register_augment, synthetic_bits,
+    trifeature,
     BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
     register_encoder, split_by_ids, symile_mimic, SymileMIMIC, tcga_brca, ukb, ukb_splits, write_symile_mimic,
 )
@@ -54,6 +56,27 @@ class Rooted(Encoder):
         self.in_features, self.dim, self.linear = in_features, dim, nn.Linear(in_features, dim)
 
     def forward(self, x: Tensor) -> Tensor: return self.linear(x.abs().sqrt())
+
+
+@register_augment
+class Turned(Augment):
+    "A change of one's own."
+    def _change(self, x: Tensor, generator: torch.Generator | None) -> Tensor: return -x
+
+
+def copies(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    own: Augment = Turned(p=0.5)
+    views = Views({"A": default_augment(16), "B": Chain([Noise(std=0.2), own])})
+    return views(batch, generator(0))
+
+
+def kinds() -> dict[str, Tensor]:
+    bits = synthetic_bits(20, n_modalities=3, generator=generator(0))
+    twin: dict[str, Tensor] = BitViews(together=False)(bits.modalities, generator(1))
+    assert list(twin) == bits.names
+    pictures: MultimodalDataset = trifeature(pairs=20, size=8, views=1, generator=generator(0))["test"].rows
+    assert pictures.names == ["image1", "image2"]
+    return bits_labels(bits)
 
 
 def many_kinds() -> list[nn.Module]:
@@ -176,6 +199,7 @@ def main(folder: Path) -> None:
     assert len(loop(*first.modalities.values())) == len(first) and "Softest" in registered()
     assert all(isinstance(encoder, nn.Module) for encoder in many_kinds()) and len(packaged()) > 2
     assert 0 <= admissions(folder/"look_alike") <= 1
+    assert len(kinds()) == 5 and list(copies(dict(first.modalities))) == first.names
     floor = make(data, LinearGaussian(ridge=None))
     fit(floor, first, valid, target="A", progress=False)
     labels = [i % 2 for i in range(len(first))], [i % 2 for i in range(len(test))]
