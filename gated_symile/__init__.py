@@ -15,9 +15,9 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
            'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
            'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP',
            'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
-           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about',
-           'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true',
-           'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
+           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Vocabulary', 'Standardiser', 'MultimodalModel',
+           'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed',
+           'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
            'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
            'tune']
 
@@ -56,7 +56,7 @@ from .data.mimic import symile_mimic, SymileMIMIC, write_symile_mimic
 from .data.biobank import ukb, ukb_splits, write_ukb
 from .encoders import (BagOfTokens, default_encoder, EmbeddedMLP, Encoder, Flat, Frozen, GentleMLP,
                                    ImageEncoder, MaskedMLP, MLP, register_encoder, ResidualMLP, SmallCNN,
-                                   TransformersEncoder)
+                                   TransformersEncoder, Vocabulary)
 from .standardise import Standardiser
 from .model import MultimodalModel, read_about
 from .statistics import bootstrap_interval, metrics, Ranks
@@ -81,8 +81,8 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
          "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
          "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",
-         "ResidualMLP", "SmallCNN", "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about",
-         "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true",
-         "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "training_rule",
+         "ResidualMLP", "SmallCNN", "TransformersEncoder", "Vocabulary", "Standardiser", "MultimodalModel",
+         "read_about", "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed",
+         "rank_true", "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "training_rule",
          "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe",
          "tune"]

@@ -50,12 +50,19 @@ CHECKED = 256 # so many rows are looked at where they don't form a table in memo
 FAR = 5 # so many standard deviations off, in the mean square, or so many times smaller: that is no chance
 SURE = 5 # with so many columns that say anything, more than half of them don't lie far off by chance
 
+def _yes_no(mean, std):
+    "Which columns hold nothing but 0 and 1, by their moments; as sure as float32 allows."
+    variance = mean * (1 - mean)
+    return (std.square() - variance).abs() <= 1e-4*variance + 1e-6*mean
+
 def _strange(x, mean, std):
     "Of rows of one modality: which columns say anything, lie far off, are small; whether all look standardised."
     m, s = (value.flatten() for value in row_moments(x, "channels" if mean.dim() == 1 else "columns"))
     mean, std = mean.flatten(), std.flatten()
     scale = torch.where(std > 0, std, 1.)
-    known, far = (std > 0) & m.isfinite(), (m - mean).square() + s.square() > (FAR * scale).square()
+    amounts = ~(_yes_no(mean, std) & _yes_no(m, s))
+    known = amounts & (std > 0) & m.isfinite()
+    far = amounts & ((m - mean).square() + s.square() > (FAR * scale).square())
     if len(x) < 16: return known, far, torch.zeros_like(far), False
     small = known & (s > 0) & (FAR**2 * (m.square() + s.square()) < mean.square() + std.square())
     def distance(mean, std): return (m - mean).abs() / std + (s / std).log().abs()

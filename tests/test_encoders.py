@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from gated_symile.bank import retrieve
 from gated_symile.core import DtypeError, MissingError, RangeError, ShapeError, UnknownNameError, generator
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.encoders import (ENCODERS, MLP, BagOfTokens, EmbeddedMLP, Encoder, Frozen, GentleMLP, ImageEncoder,
-                                   MaskedMLP, ResidualMLP, SmallCNN, TransformersEncoder, register_encoder)
-from gated_symile.model import MultimodalModel
+                                   MaskedMLP, ResidualMLP, SmallCNN, TransformersEncoder, Vocabulary,
+                                   register_encoder)
+from gated_symile.model import MultimodalModel, read_about
 from gated_symile.objectives.symile import Symile
 from gated_symile.training import fit
 
@@ -331,3 +333,26 @@ def test_a_frozen_network_is_the_same_after_training(tmp_path):
         MultimodalModel.load(tmp_path/"m.safetensors")
     again = MultimodalModel.load(tmp_path/"m.safetensors", {"a": Frozen(network, MLP(16, DIM))})
     assert torch.equal(again.encode_modality("a", rows), model.encode_modality("a", rows))
+
+
+def test_words_are_saved_with_their_model_and_unknown_ones_are_told(tmp_path):
+    "From captions with a hole to the same list by a typed question, before and after saving; nonsense is refused."
+    captions = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("ring", "cross")] * 3 + [float("nan")]
+    vocabulary = Vocabulary.of(captions)
+    ids = vocabulary(captions)
+    assert vocabulary.words == ["a", "blue", "cross", "red", "ring"] and ids.shape == (13, 3) and not ids[-1].any()
+    data = MultimodalDataset({"x": torch.randn(13, 4, generator=generator(0)), "caption": ids},
+                             present={"caption": ids.any(1)})
+    model = MultimodalModel({"x": MLP(4, DIM), "caption": BagOfTokens(len(vocabulary), DIM, 16)}, Symile())
+    with pytest.warns(UserWarning, match="1 of 13 rows left out"):
+        fit(model, data, data[:12], target="x", epochs=1, progress=False)
+    model.save(tmp_path/"m.safetensors", about={"words": vocabulary.words})
+    again = Vocabulary(read_about(tmp_path/"m.safetensors")["words"])
+    models = model, MultimodalModel.load(tmp_path/"m.safetensors")
+    asked = [retrieve(m, {"caption": v("A red, red ring!")}, data, "x", progress=False)
+             for m, v in zip(models, (vocabulary, again))]
+    assert asked[0].equals(asked[1]) and again.unknown("a crimson ring") == ["crimson"]
+    with pytest.warns(UserWarning, match="1 of 2 texts have no word that is known, such as 'crimson'"):
+        lost = again(["crimson", None])
+    queries = MultimodalDataset({"caption": lost}, present={"caption": lost.any(1)})
+    with pytest.raises(MissingError, match="2 of 2 rows have nothing"): retrieve(model, queries, data, "x")

@@ -194,12 +194,24 @@ def test_some_strange_columns_are_told():
 
 
 def test_rare_values_of_few_columns_are_no_error():
-    "A row of the training set itself is never refused: with a single rare flag, it is told."
+    "A row of the training set itself is never refused: with a single rare value, it is told."
     rare = (torch.rand(500, 1, generator=generator(0)) < 0.02).float()
-    for x in (rare, torch.cat([rare, 1 - rare], 1)):
-        how = Standardiser().fit(MultimodalDataset({"smoker": x}))
+    for x in (3*rare, torch.cat([3*rare, 1 - 3*rare], 1)):
+        how = Standardiser().fit(MultimodalDataset({"packs": x}))
         with pytest.warns(UserWarning, match="is the unit the same"):
-            how.check(MultimodalDataset({"smoker": x[rare[:, 0] == 1][:1]}))
+            how.check(MultimodalDataset({"packs": x[rare[:, 0] == 1][:1]}))
+
+
+def test_yes_and_no_have_no_unit():
+    "However rare its 1, a column of 0 and 1 is never strange; another number in it is."
+    rare = (torch.rand(500, 6, generator=generator(0)) < 0.01).float()
+    how = Standardiser().fit(MultimodalDataset({"flags": rare}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (torch.ones(1, 6), torch.zeros(20, 6), torch.ones(20, 6), 1 - rare, torch.eye(6)):
+            how.check(MultimodalDataset({"flags": x}))
+    for x in (100*torch.ones(1, 6), 2*torch.ones(20, 6), -torch.ones(1, 6), 0.6 + torch.eye(6)):
+        with pytest.raises(DataError, match="'flags': 6 of 6 columns"): how.check(MultimodalDataset({"flags": x}))
 
 
 def test_a_partial_state_keeps_what_the_standardiser_knows(trained):

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,8 @@ from torch import nn
 
 from gated_symile.auditing import audit
 from gated_symile.bank import encode_bank, retrieve, save_bank
-from gated_symile.core import DataError, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError, generator
+from gated_symile.core import (DataError, DtypeError, MissingError, NonFiniteError, RangeError, ShapeError,
+                               UnknownNameError, generator)
 from gated_symile.data.batches import read_batches
 from gated_symile.data.corruption import Gaussian, Missing, Swap, corrupt, corrupt_one
 from gated_symile.data.dataset import MultimodalDataset
@@ -399,3 +401,40 @@ def test_a_mapped_file_costs_a_batch_and_not_itself(tmp_path):
     assert out.returncode == 0, out.stderr
     before, after = map(int, out.stdout.split())
     assert before < 40 and after < 700, (before, after)                    # MiB; the files have 2344
+
+
+def test_what_is_present_can_be_told_by_name(held, filed):
+    "For one modality, as a tensor, an array or a column of pandas; the others keep what is known of them."
+    there = torch.arange(ROWS) % 3 > 0
+    table = held.modalities["table"].clone()
+    table[5] = torch.nan
+    for told in (there, there.numpy(), pd.Series(there.numpy(), index=[f"r{i}" for i in range(ROWS)])):
+        for rows in (held, filed):
+            data = MultimodalDataset({**rows.modalities, "table": table}, present={"words": told})
+            assert data.is_present("words").equal(there) and data.is_present("picture").all()
+            assert (~data.is_present("table")).nonzero().flatten().tolist() == [5]
+    with pytest.raises(UnknownNameError, match="present: 'word' is unknown.*did you mean 'words'"):
+        MultimodalDataset(held.modalities, present={"word": there})
+    with pytest.raises(ShapeError, match=r"present\['words'\] must have shape \(120,\)"):
+        MultimodalDataset(held.modalities, present={"words": there[1:]})
+    with pytest.raises(DtypeError, match=r"present\['words'\] must hold yes or no, got torch.int64"):
+        MultimodalDataset(held.modalities, present={"words": there.long()})
+
+
+def test_a_transformed_modality_trains_like_one_that_came_so(held, filed):
+    def dimmed(picture): return picture // 2
+    before = MultimodalDataset({**held.modalities, "picture": held.modalities["picture"] // 2})
+    losses = []
+    for data in (before, held.transformed("picture", dimmed), filed.transformed("picture", dimmed)):
+        model = make()
+        losses.append(fit(model, data[:80], data[80:], **QUICK)["train_loss"].tolist())
+    assert losses[0] == losses[1] == losses[2]
+    assert held.names == held.transformed("ecg", torch.neg).names
+    assert held.modalities["picture"].equal(content()["picture"])                # as it was
+
+
+@pytest.mark.parametrize("texts", [["an owl", "a cat"], np.array(["an owl", "a cat"]),
+                                   np.array(["an owl", None], dtype=object)])
+def test_text_is_told_what_it_has_to_become(texts):
+    with pytest.raises((DataError, DtypeError), match=r"modalities\['words'\].*token ids first \(`Vocabulary`\)"):
+        MultimodalDataset({"words": texts})

@@ -15,7 +15,8 @@ from gated_symile import (
     Augment, BitViews, Chain, Noise, Views, bits_labels, default_augment, register_augment, synthetic_bits,
     trifeature,
     BagOfTokens, Encoder, Frozen, LinearGaussian, MaskedMLP, ResidualMLP, SmallCNN, emoji, nhanes, probe,
-    register_encoder, split_by_ids, symile_mimic, SymileMIMIC, tcga_brca, ukb, ukb_splits, write_symile_mimic,
+    register_encoder, split_by_ids, symile_mimic, SymileMIMIC, tcga_brca, ukb, ukb_splits, Vocabulary,
+    write_symile_mimic,
 )
 from gated_symile.data.xor import xor_information
 from gated_symile.model import read_about
@@ -83,6 +84,14 @@ def many_kinds() -> list[nn.Module]:
     tables: list[nn.Module] = [Rooted(4, 8), ResidualMLP(4, 8), MaskedMLP(4, 8, widths=[16, 32])]
     frozen = Frozen(nn.Linear(4, 4), Rooted(4, 8))
     return [*tables, SmallCNN(8, channels=1, spatial_dims=1), BagOfTokens(100, 8), frozen]
+
+
+def captioned(texts: list[str | None]) -> MultimodalDataset:
+    words: Vocabulary = Vocabulary.of(texts, least=1)
+    ids: Tensor = words(texts)
+    assert words.unknown("an owl") == ["owl"] and len(words) > int(ids.max())
+    data = MultimodalDataset({"caption": ids, "x": torch.ones(len(ids), 2)}, present={"caption": ids.any(1)})
+    return data.transformed("x", torch.neg)
 
 
 def admissions(folder: Path) -> float:
@@ -200,6 +209,7 @@ def main(folder: Path) -> None:
     assert all(isinstance(encoder, nn.Module) for encoder in many_kinds()) and len(packaged()) > 2
     assert 0 <= admissions(folder/"look_alike") <= 1
     assert len(kinds()) == 5 and list(copies(dict(first.modalities))) == first.names
+    assert len(captioned(["an elk", None])) == 2
     floor = make(data, LinearGaussian(ridge=None))
     fit(floor, first, valid, target="A", progress=False)
     labels = [i % 2 for i in range(len(first))], [i % 2 for i in range(len(test))]

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
@@ -20,7 +21,7 @@ from tqdm import tqdm # the plain bar: a widget would not survive in a saved not
 from ..core import (check_name, check_whole, DtypeError, GatedSymileError, MissingError,
                                NonFiniteError, RangeError, ShapeError, UnknownNameError)
 from .batches import check_batches, fetched, given_batches
-from .rows import as_rows, kept_dtype, Rows, take_rows
+from .rows import as_rows, kept_dtype, Rows, take_rows, Transformed
 
 # %% ../../nbs/api/data/dataset.ipynb #446c79da
 def _checked_rows(name, x):
@@ -44,11 +45,25 @@ def _checked_rows(name, x):
 def _checked_table(what, table, shape, device):
     "A bool table `(rows, M)`, or `None`."
     if table is None: return None
+    if isinstance(table, np.ndarray) and table.dtype == bool: table = torch.tensor(table)
     if not isinstance(table, Tensor) or table.dtype != torch.bool:
         raise DtypeError(f"{what} must be a bool tensor, got {getattr(table, 'dtype', type(table).__name__)}")
     if table.shape != shape:
         raise ShapeError(f"{what} must have shape {shape}, one column a modality, got {tuple(table.shape)}")
     return table.to(device)
+
+def _told_by_name(told, names, rows):
+    "A bool table `(rows, M)` of what is said of some modalities; of the others all is there."
+    table = torch.ones(rows, len(names), dtype=torch.bool)
+    for name, there in told.items():
+        m = names.index(check_name("present", name, names))
+        if not isinstance(there, Tensor): there = np.array(there)
+        if there.dtype not in (torch.bool, bool):
+            raise DtypeError(f"present[{name!r}] must hold yes or no, got {there.dtype}")
+        if tuple(there.shape) != (rows,):
+            raise ShapeError(f"present[{name!r}] must have shape ({rows},), got {tuple(there.shape)}")
+        table[:, m] = torch.as_tensor(there)
+    return table
 
 # %% ../../nbs/api/data/dataset.ipynb #c28686be
 def _checked_columns(columns, modalities):
@@ -70,6 +85,7 @@ def _checked_fields(modalities, present, corrupted, ids, columns, workers):
     sizes = {name: len(x) for name, x in modalities.items()}
     if len(set(sizes.values())) > 1: raise ShapeError(f"modalities must have the same rows, got {sizes}")
     rows, device = next(iter(sizes.values())), _place(modalities)
+    if isinstance(present, dict): present = _told_by_name(present, list(checked), rows)
     present = _checked_table("present", present, (rows, len(checked)), device)
     if any(full is not None for _, full in checked.values()):
         everything = torch.ones(rows, dtype=torch.bool, device=device)
@@ -184,8 +200,9 @@ class MultimodalDataset:
     # name -> `(rows, ...)`: a tensor, an array, `Rows`, or what `as_rows` takes; floating numbers as float32, NaN
     # is missing and infinity an error; integers as they are
     modalities:dict[str, Any]
-    # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows in memory that hold nothing but NaN
-    present:Tensor|None=None
+    # bool `(rows, M)`: which modalities a row has; `None`: all, but for rows in memory that hold nothing but NaN.
+    # Given by name it says which rows `(rows,)` have one, a tensor or an array; those not named are all there
+    present:Any=None
     corrupted:Tensor|None=None # bool `(rows, M)`: which were corrupted, where that is known
     ids:list|None=None # names of the rows, as in the person's own table
     columns:dict[str, list]|None=None # name -> names of its columns, as in the person's own table, where they are known
@@ -217,6 +234,11 @@ class MultimodalDataset:
         "The same on another device; what isn't in memory stays where it is."
         return replace(self, modalities={name: x.to(device) if isinstance(x, Tensor) else x
                                          for name, x in self.modalities.items()})
+    def transformed(self, name, function) -> "MultimodalDataset":
+        "What `function` makes of each row of a modality, each time it is asked for, as of `Transformed`."
+        rows = Transformed(self.modalities[check_name("modality", name, self.names)], function)
+        columns = {other: names for other, names in (self.columns or {}).items() if other != name}
+        return replace(self, modalities={**self.modalities, name: rows}, columns=columns)
     def check(self, rows=64, unreadable="raise", progress=True) -> "MultimodalDataset":
         """Read so many rows of what isn't in memory, evenly spread (`None`: all), and see whether they hold anything.
 

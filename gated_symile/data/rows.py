@@ -18,6 +18,12 @@ from torch import Tensor
 from ..core import DataError, DtypeError, GatedSymileError, ShapeError
 
 # %% ../../nbs/api/data/rows.ipynb #c8dd5b4b
+def _way_out(dtype):
+    "How text, or a table of several types, becomes numbers."
+    kind = np.dtype(dtype).kind
+    text, table = "text becomes token ids first (`Vocabulary`)", "a table of several types .to_numpy('float32')"
+    return f": {text}" if kind in "US" else f": {text}, {table}" if kind == "O" else ""
+
 def kept_dtype(
     dtype:np.dtype|torch.dtype, # as it lies there
     what:str="rows", # how to name it in an error
@@ -25,7 +31,7 @@ def kept_dtype(
     "How rows of this type are kept; `DtypeError` for what is no number."
     if not isinstance(dtype, torch.dtype):
         try: dtype = torch.from_numpy(np.empty(0, np.dtype(dtype).newbyteorder("="))).dtype
-        except TypeError: raise DtypeError(f"{what} must hold numbers, got {dtype}") from None
+        except TypeError: raise DtypeError(f"{what} must hold numbers, got {dtype}{_way_out(dtype)}") from None
     if dtype.is_complex: raise DtypeError(f"{what} must hold real numbers, got {dtype}")
     return torch.float32 if dtype.is_floating_point else torch.uint8 if dtype == torch.bool else dtype
 
@@ -236,8 +242,10 @@ def as_rows(
     if hasattr(x, "to_numpy"): raise DtypeError(f"{what}: a {type(x).__name__} is a table of its own: give .to_numpy()")
     if not isinstance(x, (str, bytes, Path, dict)) and hasattr(x, "__getitem__"):
         if hasattr(x, "shape") and hasattr(x, "dtype"): return Mapped(x)
-        if hasattr(x, "__len__"): return Column(x)
-    hint = ": a file is given as Mapped(path)" if isinstance(x, (str, Path)) else ""
+        if hasattr(x, "__len__"):
+            try: return Column(x)
+            except GatedSymileError as error: raise type(error)(f"{what}, {error}") from error
+    hint = ": a file is given as Mapped(path), text as token ids" if isinstance(x, (str, Path)) else ""
     raise DtypeError(f"{what} must be a tensor, an array or rows, got {type(x).__name__}{hint}")
 
 def take_rows(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'ENCODERS', 'Frozen', 'register_encoder', 'MLP', 'ResidualMLP', 'MaskedMLP', 'EmbeddedMLP', 'Flat',
-           'SmallCNN', 'ImageEncoder', 'BagOfTokens', 'TransformersEncoder', 'GentleMLP', 'default_dropout',
-           'default_encoder']
+           'SmallCNN', 'ImageEncoder', 'BagOfTokens', 'TransformersEncoder', 'Vocabulary', 'GentleMLP',
+           'default_dropout', 'default_encoder']
 
 # %% ../../nbs/api/encoders.ipynb #b40e53bd
 from .base import Encoder, ENCODERS, Frozen, register_encoder
@@ -13,12 +13,12 @@ from .mlp import MLP
 from .tables import EmbeddedMLP, Flat, MaskedMLP, ResidualMLP
 from .images import ImageEncoder, SmallCNN
 from .default import default_dropout, default_encoder, GentleMLP
-from .text import BagOfTokens, TransformersEncoder
+from .text import BagOfTokens, TransformersEncoder, Vocabulary
 
 # %% ../../nbs/api/encoders.ipynb #59543c74
 _all_ = ["Encoder", "ENCODERS", "Frozen", "register_encoder", "MLP", "ResidualMLP", "MaskedMLP", "EmbeddedMLP",
-         "Flat", "SmallCNN", "ImageEncoder", "BagOfTokens", "TransformersEncoder", "GentleMLP", "default_dropout",
-         "default_encoder"]
+         "Flat", "SmallCNN", "ImageEncoder", "BagOfTokens", "TransformersEncoder", "Vocabulary", "GentleMLP",
+         "default_dropout", "default_encoder"]
 
 for _encoder in (MLP, ResidualMLP, MaskedMLP, EmbeddedMLP, GentleMLP, Flat, SmallCNN, ImageEncoder, BagOfTokens,
                  TransformersEncoder):
