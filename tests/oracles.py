@@ -121,3 +121,15 @@ def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_
 def subset_score(*args, **options):
     "Logarithm of the summed odds of all subsets."
     return sum(logit.exp() for logit in subset_logits(*args, **options).values()).log()
+
+
+def nt_xent_loop(a, b, temperature, rows=None):
+    "Minus the log of what each of the 2N rows gives its partner, among all others but itself, in the mean."
+    rows = list(range(len(a))) if rows is None else rows
+    views = [(i, k, unit(x[i])) for k, x in enumerate((a, b)) for i in rows]
+    losses = []
+    for i, k, v in views:
+        others = [((v @ w) / temperature, j) for j, l, w in views if (j, l) != (i, k)]
+        partner = next(score for score, j in others if j == i)
+        losses.append(torch.stack([score for score, _ in others]).exp().sum().log() - partner)
+    return sum(losses) / len(losses)
