@@ -6,23 +6,25 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'make_objective', 'register', 'registered', 'Objective', 'PairwiseCLIP',
-           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Column',
-           'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian',
-           'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca',
-           'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
-           'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen',
-           'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN',
-           'TransformersEncoder', 'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics',
-           'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank',
-           'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule', 'accuracy_by_corruption', 'gate_by_corruption',
-           'audit', 'audit_score', 'detection', 'verdict', 'probe', 'tune']
+           'nt_xent', 'Fusion', 'ProjectionHead', 'NeutralDirections', 'ModalityGate', 'make_objective', 'register',
+           'registered', 'Objective', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets',
+           'SubsetSymile', 'LinearGaussian', 'Column', 'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt',
+           'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor',
+           'mfeat', 'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic',
+           'SymileMIMIC', 'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder',
+           'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP',
+           'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel',
+           'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed',
+           'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
+           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
+           'tune']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
                                OutputError, RangeError, ShapeError, UnknownNameError)
 from .product import dvs, mip, mip_scores
-from .contrastive import info_nce, LogitScale
+from .contrastive import info_nce, LogitScale, nt_xent
+from .fusion import Fusion, ProjectionHead
 from .neutral import NeutralDirections
 from .gate.gate import ModalityGate
 from .objectives.base import make_objective, register, registered, Objective
@@ -64,7 +66,8 @@ from .tuning import tune
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
-         "LogitScale", "NeutralDirections", "ModalityGate", "make_objective", "register", "registered", "Objective",
+         "LogitScale", "nt_xent", "Fusion", "ProjectionHead", "NeutralDirections", "ModalityGate",
+         "make_objective", "register", "registered", "Objective",
          "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
          "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",

@@ -133,3 +133,17 @@ def nt_xent_loop(a, b, temperature, rows=None):
         partner = next(score for score, j in others if j == i)
         losses.append(torch.stack([score for score, _ in others]).exp().sum().log() - partner)
     return sum(losses) / len(losses)
+
+
+def fused_row(fusion, tokens):
+    "What CLS becomes beside these tokens of one row, modality -> vector, by PyTorch's own layers, with no mask."
+    x = torch.stack([fusion.cls[0], *(e + fusion.modality[m] for m, e in tokens.items())])[None]
+    for layer in fusion.blocks: x = layer(x)
+    return fusion.norm(x[0, 0])
+
+
+def fused_loop(fusion, embeddings, subset, present=None):
+    "The fusion of each row, one at a time, from what it has of the subset."
+    has = lambda i, m: present is None or bool(present[i, m])
+    return torch.stack([fused_row(fusion, {m: embeddings[m][i] for m in subset if has(i, m)})
+                        for i in range(len(embeddings[subset[0]]))])

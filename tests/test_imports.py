@@ -10,7 +10,7 @@ import gated_symile
 from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
-ORDER = """core product contrastive cube neutral gate.fits gate.factorised gate.gate
+ORDER = """core product contrastive cube fusion neutral gate.fits gate.factorised gate.gate
     objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated
     objectives.subset objectives.linear
     statistics data.rows data.batches data.dataset data.corruption data.splits data.xnor data.xor data.packaged
