@@ -51,8 +51,8 @@ def valid_nt_xent(
     valid:Tensor|None=None, # bool `(N,)`: pairs that take part; `None`: all
 ) -> Tensor: # a scalar; 0 if no pair takes part
     "`nt_xent` without a check, of rows that have length 1."
-    n = torch.arange(2 * len(a), device=a.device)
-    itself = n[:, None] == (n + len(a)) % (2 * len(a))
+    rows, n = torch.arange(2 * a.shape[0], device=a.device), a.shape[0]
+    itself = rows[:, None] == (rows + n) % (2 * n)
     logits = (torch.cat([a, b]) @ torch.cat([b, a]).T / temperature).masked_fill(itself, STRUCK_OUT)
     return valid_info_nce(logits, None if valid is None else valid.repeat(2))
 

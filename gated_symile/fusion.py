@@ -59,16 +59,15 @@ class Fusion(nn.Module):
         self.blocks, self.norm = nn.ModuleList(made), nn.LayerNorm(self.dim)
 
     def check(self,
-        embeddings:list[Tensor|None], # M tensors `(B, D)`; `None` for what no row has
+        embeddings:list[Tensor|None], # M tensors `(rows, D)`; `None` for what no row has
     ):
-        "`ShapeError` for another number, width or rows than these; `MissingError` if there is nothing at all."
+        "`ShapeError` for another number or width than these; `MissingError` if there is nothing at all."
         if len(embeddings) != self.n_modalities:
             raise ShapeError(f"embeddings: the fusion is for {self.n_modalities} modalities, got {len(embeddings)}")
         shapes = [tuple(e.shape) for e in embeddings if e is not None]
         if not shapes: raise MissingError("embeddings: no modality is there")
         if any(len(shape) != 2 or shape[1] != self.dim for shape in shapes):
             raise ShapeError(f"embeddings: the fusion is for rows (B, {self.dim}), got shapes {shapes}")
-        if len({rows for rows, _ in shapes}) > 1: raise ShapeError(f"embeddings must have the same rows, got {shapes}")
 
     def forward(self,
         embeddings:list[Tensor|None], # M tensors `(B, D)` of any length; `None` for what no row has
@@ -78,7 +77,9 @@ class Fusion(nn.Module):
         "By all these subsets in one batch; errors of `check`, `RangeError`, `MissingError` for a set of nothing."
         self.check(embeddings)
         here = [m for m, e in enumerate(embeddings) if e is not None]
-        check_present(present, len(embeddings[here[0]]), self.n_modalities)
+        lengths = [embeddings[m].shape[0] for m in here]
+        if any(n != lengths[0] for n in lengths): raise ShapeError(f"embeddings must have the same rows, got {lengths}")
+        check_present(present, lengths[0], self.n_modalities)
         chosen = [tuple(here)] if subsets is None else subsets
         for s in chosen:
             for m in s: check_whole("subsets", m, 0, self.n_modalities - 1)
@@ -90,11 +91,11 @@ class Fusion(nn.Module):
     def _fused(self, rows, here, present, subsets):
         "Representations `(B, S, D)` of checked rows, absent ones zero, of the modalities that are here."
         x = torch.stack(rows, 1) + self.modality[here].to(rows[0].dtype)                           # (B, L-1, D)
-        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x], 1)
         # no `m in s`: with open shapes, torch.compile (2.13) says no to all of them
         keep = [[True, *(any(m == k for k in s) for m in here)] for s in subsets]
         keep = torch.tensor(keep, device=x.device)                                                 # (S, L)
-        keep = keep.expand(len(x), *keep.shape)
+        keep = keep.expand(x.shape[0], *keep.shape)
         if present is not None: keep = keep & F.pad(present[:, here], (1, 0), value=True)[:, None]
         for i, layer in enumerate(self.blocks, 1):
             x = _block(layer, x, keep, 1 if i == len(self.blocks) else x.shape[1])
