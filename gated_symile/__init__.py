@@ -7,17 +7,17 @@ __version__ = "0.1.0"
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
            'nt_xent', 'Fusion', 'ProjectionHead', 'NeutralDirections', 'ModalityGate', 'make_objective', 'register',
-           'registered', 'Objective', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets',
-           'SubsetSymile', 'LinearGaussian', 'Column', 'Files', 'Mapped', 'Transformed', 'MultimodalDataset', 'corrupt',
-           'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor', 'synthetic_xor',
-           'mfeat', 'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic',
-           'SymileMIMIC', 'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder',
-           'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP',
-           'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Standardiser', 'MultimodalModel',
-           'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed',
-           'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
-           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
-           'tune']
+           'registered', 'Objective', 'TwoCopies', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
+           'query_subsets', 'SubsetSymile', 'CoMM', 'CrossSelf', 'LinearGaussian', 'Column', 'Files', 'Mapped',
+           'Transformed', 'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap',
+           'corrupted_splits', 'synthetic_xnor', 'synthetic_xor', 'mfeat', 'nhanes', 'tcga_brca', 'cells', 'emoji',
+           'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb', 'ukb_splits',
+           'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen', 'GentleMLP',
+           'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN', 'TransformersEncoder',
+           'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset',
+           'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve',
+           'save_bank', 'fit', 'minus_loss', 'training_rule', 'accuracy_by_corruption', 'gate_by_corruption', 'audit',
+           'audit_score', 'detection', 'verdict', 'probe', 'tune']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -27,13 +27,14 @@ from .contrastive import info_nce, LogitScale, nt_xent
 from .fusion import Fusion, ProjectionHead
 from .neutral import NeutralDirections
 from .gate.gate import ModalityGate
-from .objectives.base import make_objective, register, registered, Objective
+from .objectives.base import make_objective, register, registered, Objective, TwoCopies
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile
 from .objectives.gram import GRAM
 from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
+from .objectives.comm import CoMM, CrossSelf
 from .objectives.linear import LinearGaussian
 from .data.rows import Column, Files, Mapped, Transformed
 from .data.dataset import MultimodalDataset
@@ -57,7 +58,7 @@ from .model import MultimodalModel, read_about
 from .statistics import bootstrap_interval, metrics, Ranks
 from .search import rank_dataset, rank_in_banks, rank_listed, rank_true, top_k
 from .bank import Bank, encode_bank, load_bank, retrieve, save_bank
-from .training import fit, training_rule
+from .training import fit, minus_loss, training_rule
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
 from .probing import probe
@@ -67,8 +68,8 @@ from .tuning import tune
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
          "LogitScale", "nt_xent", "Fusion", "ProjectionHead", "NeutralDirections", "ModalityGate",
-         "make_objective", "register", "registered", "Objective",
-         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
+         "make_objective", "register", "registered", "Objective", "TwoCopies", "PairwiseCLIP", "Symile",
+         "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile", "CoMM", "CrossSelf",
          "LinearGaussian", "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
          "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
@@ -76,6 +77,6 @@ _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "Mi
          "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",
          "ResidualMLP", "SmallCNN", "TransformersEncoder", "Standardiser", "MultimodalModel", "read_about",
          "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true",
-         "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "training_rule",
-         "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe",
-         "tune"]
+         "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "minus_loss",
+         "training_rule", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection",
+         "verdict", "probe", "tune"]
