@@ -179,7 +179,7 @@ def probe(
     test:MultimodalDataset, # other rows, on which they are judged
     train_labels, # a column a label: DataFrame or dict; or a single one: Series, array, tensor, list; missing: NaN
     test_labels, # the same labels of the test rows
-    views:Iterable[str]|None=None, # modalities, `"concatenated"`, `"product"`, `"fused"` if the model fuses; `None`: all
+    views:Iterable[str]|None=None, # modalities, `"concatenated"`, `"product"`, `"fused"` if there is one; `None`: all
     probes:Iterable[str]=PROBES, # `"linear"`, `"knn"`
     kinds:dict[str, str]|None=None, # label -> `"class"` or `"number"`, where `label_kind` guesses wrong
     resamples:int=500, # of the bootstrap
