@@ -6,18 +6,19 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', 'MissingError', 'NonFiniteError', 'OutputError',
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
-           'NeutralDirections', 'ModalityGate', 'make_objective', 'register', 'registered', 'Objective', 'PairwiseCLIP',
-           'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile', 'query_subsets', 'SubsetSymile', 'LinearGaussian', 'Augment',
-           'Blur', 'Borrow', 'Chain', 'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter',
-           'Mask', 'Mirror', 'Noise', 'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed',
-           'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits',
-           'synthetic_xnor', 'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat',
-           'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
-           'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP',
-           'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
-           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Vocabulary', 'Standardiser', 'MultimodalModel',
-           'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed',
-           'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'training_rule',
+           'nt_xent', 'Fusion', 'ProjectionHead', 'NeutralDirections', 'ModalityGate', 'make_objective', 'register',
+           'registered', 'Objective', 'TwoCopies', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
+           'query_subsets', 'SubsetSymile', 'CoMM', 'CrossSelf', 'LinearGaussian', 'Augment', 'Blur', 'Borrow', 'Chain',
+           'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter', 'Mask', 'Mirror', 'Noise',
+           'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed', 'MultimodalDataset',
+           'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor',
+           'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat', 'nhanes', 'tcga_brca',
+           'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
+           'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen',
+           'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN',
+           'TransformersEncoder', 'Vocabulary', 'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval',
+           'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank',
+           'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'minus_loss', 'training_rule',
            'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
            'tune']
 
@@ -25,16 +26,18 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
                                OutputError, RangeError, ShapeError, UnknownNameError)
 from .product import dvs, mip, mip_scores
-from .contrastive import info_nce, LogitScale
+from .contrastive import info_nce, LogitScale, nt_xent
+from .fusion import Fusion, ProjectionHead
 from .neutral import NeutralDirections
 from .gate.gate import ModalityGate
-from .objectives.base import make_objective, register, registered, Objective
+from .objectives.base import make_objective, register, registered, Objective, TwoCopies
 from .objectives.clip import PairwiseCLIP
 from .objectives.symile import Symile
 from .objectives.gram import GRAM
 from .objectives.triangle import TRIANGLE
 from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
+from .objectives.comm import CoMM, CrossSelf
 from .objectives.linear import LinearGaussian
 from .augment import (Augment, Blur, Borrow, Chain, comm_augment, Crop, default_augment, Drop, Grey,
                                   HideTokens, Jitter, Mask, Mirror, Noise, register_augment, Scale, Views)
@@ -62,7 +65,7 @@ from .model import MultimodalModel, read_about
 from .statistics import bootstrap_interval, metrics, Ranks
 from .search import rank_dataset, rank_in_banks, rank_listed, rank_true, top_k
 from .bank import Bank, encode_bank, load_bank, retrieve, save_bank
-from .training import fit, training_rule
+from .training import fit, minus_loss, training_rule
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
 from .probing import probe
@@ -71,18 +74,18 @@ from .tuning import tune
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
          "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
-         "LogitScale", "NeutralDirections", "ModalityGate", "make_objective", "register", "registered", "Objective",
-         "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile",
-         "LinearGaussian", "Augment", "Blur", "Borrow", "Chain", "comm_augment", "Crop", "default_augment", "Drop",
-         "Grey", "HideTokens", "Jitter", "Mask", "Mirror", "Noise", "register_augment", "Scale", "Views",
-         "Column", "Files", "Mapped", "Transformed", "MultimodalDataset", "corrupt", "corrupt_one",
-         "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits", "synthetic_xnor", "synthetic_xor", "bits_labels",
-         "BitViews", "synthetic_bits", "trifeature", "mfeat",
+         "LogitScale", "nt_xent", "Fusion", "ProjectionHead", "NeutralDirections", "ModalityGate", "make_objective",
+         "register", "registered", "Objective", "TwoCopies", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
+         "GatedSymile", "query_subsets", "SubsetSymile", "CoMM", "CrossSelf", "LinearGaussian", "Augment", "Blur",
+         "Borrow", "Chain", "comm_augment", "Crop", "default_augment", "Drop", "Grey", "HideTokens", "Jitter", "Mask",
+         "Mirror", "Noise", "register_augment", "Scale", "Views", "Column", "Files", "Mapped", "Transformed",
+         "MultimodalDataset", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits",
+         "synthetic_xnor", "synthetic_xor", "bits_labels", "BitViews", "synthetic_bits", "trifeature", "mfeat",
          "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
          "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
          "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",
          "ResidualMLP", "SmallCNN", "TransformersEncoder", "Vocabulary", "Standardiser", "MultimodalModel",
          "read_about", "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed",
-         "rank_true", "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "training_rule",
-         "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe",
-         "tune"]
+         "rank_true", "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "minus_loss",
+         "training_rule", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection",
+         "verdict", "probe", "tune"]

@@ -44,6 +44,9 @@ class MultimodalModel(nn.Module):
         # whether `fit` learns means and scales; no: rows are used as they are; or name -> `"columns"`, `"channels"` or
         # `None`, against what the encoder says (its attribute `standardise`) or the rows do (`kind_by_rows`)
         standardise:bool|Mapping[str, str|None]=True,
+        # name -> module from standardised rows and a generator or `None` to rows of that shape: how copies are made
+        # for an objective of two copies; not named: as the row is
+        augment:Mapping[str, nn.Module]|None=None,
     ):
         super().__init__()
         if len(encoders) < 2: raise ShapeError(f"encoders must hold at least 2 modalities, got {list(encoders)}")
@@ -51,6 +54,11 @@ class MultimodalModel(nn.Module):
             if not isinstance(name, str): raise DtypeError(f"encoders: names must be text, got {name!r}")
             if isinstance(encoder, nn.Module): continue
             raise DtypeError(f"encoders[{name!r}] must be a module, got {type(encoder).__name__}")
+        for name, change in (augment or {}).items():
+            check_name("augment", name, encoders)
+            if not isinstance(change, nn.Module):
+                raise DtypeError(f"augment[{name!r}] must be a module, got {type(change).__name__}")
+        self.augment = nn.ModuleDict({_key(name): change for name, change in (augment or {}).items()})
         said = {name: encoder.standardise for name, encoder in encoders.items() if hasattr(encoder, "standardise")}
         if isinstance(standardise, Mapping):
             for name in standardise: said[check_name("standardise", name, encoders)] = standardise[name]
@@ -66,23 +74,30 @@ class MultimodalModel(nn.Module):
     def forward(self,
         batch:dict[str, Tensor]|MultimodalDataset, # every modality of the model, rows as they were read
         present:Tensor|None=None, # bool `(rows, M)` in the order of `names`; `None`: that of the dataset, or all
+        augment:bool=False, # whether of an augmented copy of each row
+        generator:torch.Generator|None=None, # source of the augmentation
     ) -> list[Tensor]: # M tensors `(rows, D)` in the order of `names`, unit rows
         "Embeddings of all modalities; `MissingError` if one is lacking, errors of `encode_modality` and `check`."
         batch, present = self._unpack(batch, present)
         here = [None if present is None else present[:, m] for m in range(len(self.names))]
-        return [self.encode_modality(name, batch[name], rows) for name, rows in zip(self.names, here)]
+        return [self.encode_modality(name, batch[name], rows, augment, generator)
+                for name, rows in zip(self.names, here)]
 
     def encode_modality(self,
         name:str, # which modality
         x:Tensor, # its rows, as they were read
         present:Tensor|None=None, # bool `(rows,)`: which rows have it; `None`: all
+        augment:bool=False, # whether of an augmented copy of each row
+        generator:torch.Generator|None=None, # source of the augmentation
     ) -> Tensor: # `(rows, D)`, unit rows unless the objective says `directions = False`; absent ones mean nothing
         "Embeddings of one modality; `UnknownNameError`, `ShapeError`, `NonFiniteError` for what no mean can fill."
         encoder = self.encoders[_key(check_name("modality", name, self.names))]
         holes = getattr(encoder, "holes", False)                           # it wants to see them
         if x.dtype == torch.uint8: x = x.float()
         x = fill_missing(x if self.standardiser is None else self.standardiser(name, x, holes), present)
-        check_finite(x.masked_fill(x.isnan() & ~empty_rows(x), 0.) if holes else x, f"modality {name!r}")
+        _check_rows(x, holes, f"modality {name!r}")
+        if augment and _key(name) in self.augment:
+            x = fill_missing(_altered(self.augment[_key(name)], x, generator, holes, f"augment[{name!r}]"), present)
         dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
         e = encoder(x.to(dtype) if x.is_floating_point() else x)
         return unit(e) if getattr(self.objective, "directions", True) else upcast(e)
@@ -92,9 +107,19 @@ class MultimodalModel(nn.Module):
         present:Tensor|None=None, # bool `(rows, M)` in the order of `names`; `None`: that of the dataset, or all
         generator:torch.Generator|None=None, # source of random negatives
     ) -> Tensor: # a scalar
-        "The objective's loss; errors of `forward` and of the objective."
+        "The objective's loss; errors of `copies` and of the objective."
         batch, present = self._unpack(batch, present)
-        return self.objective(self(batch, present), present, generator)
+        one, *again = self.copies(batch, present, generator)
+        return self.objective(one, present, generator, *again)
+
+    def copies(self,
+        batch:dict[str, Tensor]|MultimodalDataset, # as for `forward`
+        present:Tensor|None=None, # as for `forward`
+        generator:torch.Generator|None=None, # source of the augmentations
+    ) -> list[list[Tensor]]: # embeddings as of `forward`: one list, or those of two augmented copies
+        "What the objective learns from: rows as they are, or two copies where it declares them; errors of `forward`."
+        if "two copies" not in getattr(self.objective, "capabilities", ()): return [self(batch, present)]
+        return [self(batch, present, True, generator) for _ in range(2)]
 
     def score(self,
         embeddings:list[Tensor], # M tensors: candidates `(N, D)` in slot `target`, queries `(B, D)` elsewhere
@@ -146,6 +171,24 @@ class MultimodalModel(nn.Module):
         if not parts: raise MissingError("dataset: there is no batch")
         return [torch.cat(blocks) for blocks in zip(*parts)], joined_present(there, sizes, len(self.names))
 
+    def represent(self,
+        dataset:MultimodalDataset, # rows as they were read, with the modalities that are wanted at least
+        names:list[str]|None=None, # from which modalities, in any order; `None`: all of the model
+        block_size:int=4096, # how many rows are encoded and fused at a time
+        check:bool=True, # whether `check` comes first
+    ) -> Tensor: # `(rows, D)`, on the model's device; of rows that have none of these, what is the same for all
+        "One vector a row, from what it has of these; `MissingError` unless the objective fuses, and errors of `embed`."
+        if "fused" not in getattr(self.objective, "capabilities", ()):
+            raise MissingError(f'{type(self.objective).__name__} declares no "fused": it makes no one vector of a row')
+        names = [name for name in self.names if name in self._there(names, dataset.names)]
+        found, M = dict(zip(names, self.embed(dataset, block_size, names, check))), len(self.names)
+        there = torch.zeros(len(dataset), M, dtype=torch.bool, device=self.device)
+        for name in names: there[:, self.names.index(name)] = dataset.is_present(name).to(self.device)
+        blocks = torch.arange(len(dataset), device=self.device).split(block_size)
+        with evaluating(self):
+            return torch.cat([self.objective.represent([found[name][rows] if name in found else None
+                                                        for name in self.names], there[rows]) for rows in blocks])
+
     def save(self,
         path:str|Path, # where to, such as `"model.safetensors"`
         about:dict|None=None, # what else is worth knowing, and JSON can hold
@@ -163,10 +206,11 @@ class MultimodalModel(nn.Module):
         path:str|Path, # a file written by `save`
         encoders:Mapping[str, nn.Module]|None=None, # modules of your own, by modality, to be filled
         objective:nn.Module|None=None, # the same, where it isn't registered
+        augment:Mapping[str, nn.Module]|None=None, # augmentations, to train on; without them the loss is an error
     ) -> "MultimodalModel": # in evaluation mode
         "The model as it was saved; `FileNotFoundError`, `DataError` that names what differs, and changes nothing."
         with _opened(path) as (file, saved): state = {key: file.get_tensor(key) for key in file.keys()}
-        model = _remade(cls, saved, encoders or {}, objective, f"path: {path}")
+        model = _remade(cls, saved, encoders or {}, objective, augment or {}, f"path: {path}")
         wrong, more = (found := _faults(model, saved, state))[:5], len(found[5:])
         if wrong: raise DataError(f"path: {path} doesn't fit: {'; '.join(wrong)}{f'; and {more} more' if more else ''}")
         return _filled(model, saved, state).eval()
@@ -194,6 +238,20 @@ def _as_dataset(batch, here):
     rows, told = {name: batch[name] for name in here}, [x for x in here.values() if x is not None]
     return MultimodalDataset(rows, torch.stack(told, 1) if told else None)
 
+def _check_rows(x, holes, what):
+    "Finite, but for single holes where an encoder wants to see them."
+    check_finite(x.masked_fill(x.isnan() & ~empty_rows(x), 0.) if holes else x, what)
+
+def _altered(change, x, generator, holes, what):
+    "A copy of rows by an augmentation: of the same shape and type, holes where there were some."
+    y = change(x, generator)
+    if not isinstance(y, Tensor): raise DtypeError(f"{what} must give a tensor, got {type(y).__name__}")
+    if y.shape != x.shape: raise ShapeError(f"{what} must give rows of shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    if y.dtype != x.dtype: raise DtypeError(f"{what} must give rows of type {x.dtype}, got {y.dtype}")
+    if holes: y = y.masked_fill(x.isnan(), float("nan"))
+    _check_rows(y, holes, what)
+    return y
+
 @contextmanager
 def evaluating(
     model:nn.Module, # put into evaluation mode; the mode of each of its modules is restored at the end
@@ -206,7 +264,7 @@ def evaluating(
     finally:
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/api/model.ipynb #7904568f
+# %% ../nbs/api/model.ipynb #beb3ba8b
 def _plain(value):
     "As JSON gives it back; `DtypeError` for what it can't hold."
     def default(x):
@@ -224,6 +282,18 @@ def _made(module, library):
     with suppress(MissingError): return {"class": name, "settings": settings() if tells else None}
     return {"class": name, "settings": None}
 
+class _Lost(nn.Module):
+    "In the place of an augmentation that a file only names."
+    def __init__(self, name, kind):
+        super().__init__()
+        self.name, self.kind = name, kind
+
+    def forward(self, x, generator=None):
+        raise MissingError(f"augment: copies of {self.name!r} were made by {self.kind}, of which a file holds only the "
+                           "name: pass it to load, as augment")
+
+def _kind(change): return change.kind if isinstance(change, _Lost) else type(change).__name__
+
 def _described(model):
     "What a file says of a model, besides its weights."
     encoders, columns = model.encoders.values(), {} if model.standardiser is None else model.standardiser.columns
@@ -233,6 +303,7 @@ def _described(model):
             "standardise": False if model.standardiser is None else model.standardiser.kinds or True,
             "columns": columns,
             "encoders": [_made(encoder, ENCODERS) for encoder in encoders],
+            "augment": {name: _kind(model.augment[_key(name)]) for name in model.names if _key(name) in model.augment},
             "objective": _made(model.objective, registered())}
 
 # %% ../nbs/api/model.ipynb #fe787e23
@@ -270,7 +341,7 @@ def _make(what, about, library, make, where):
     try: return make(about["class"], about["settings"])
     except (TypeError, GatedSymileError) as error: raise DataError(f"{where}: {what} can't be made: {error}") from error
 
-def _remade(cls, saved, encoders, objective, where):
+def _remade(cls, saved, encoders, objective, augment, where):
     "A model of given and of remade parts, with weights to be filled."
     names = saved["names"]
     if list(encoders) != [name for name in names if name in encoders]:
@@ -282,7 +353,8 @@ def _remade(cls, saved, encoders, objective, where):
         for name, about in zip(names, saved["encoders"]):
             if name not in made: made[name] = _make(f"the encoder of {name!r}", about, ENCODERS, encoder, where)
         if objective is None: objective = _make("the objective", saved["objective"], registered(), rule, where)
-    return cls({name: made[name] for name in names}, objective, saved["standardise"])
+    lost = {name: _Lost(name, kind) for name, kind in saved.get("augment", {}).items()}
+    return cls({name: made[name] for name in names}, objective, saved["standardise"], {**lost, **augment})
 
 # %% ../nbs/api/model.ipynb #c8e47ab6
 def _settings_differ(what, a, b):

@@ -144,7 +144,10 @@ def _check_words(probes, kinds, labels):
 def _views_of(model, dataset):
     "Views of the model's embeddings of a dataset, as arrays."
     dataset = dataset.select(model.names)
-    views = embedding_views(dict(zip(model.names, model.embed(dataset))), dataset.present)
+    embeddings, present = model.embed(dataset), dataset.present
+    views = embedding_views(dict(zip(model.names, embeddings)), present)
+    if "fused" in getattr(model.objective, "capabilities", ()):
+        views["fused"] = model.represent(dataset, check=False).cpu().float(), views["concatenated"][1]
     return {name: (x.numpy(), rows.numpy()) for name, (x, rows) in views.items()}
 
 def _pairs(view, labels, kind, what):
@@ -176,7 +179,7 @@ def probe(
     test:MultimodalDataset, # other rows, on which they are judged
     train_labels, # a column a label: DataFrame or dict; or a single one: Series, array, tensor, list; missing: NaN
     test_labels, # the same labels of the test rows
-    views:Iterable[str]|None=None, # modalities, `"concatenated"`, `"product"`; `None`: all of them
+    views:Iterable[str]|None=None, # modalities, `"concatenated"`, `"product"`, `"fused"` if there is one; `None`: all
     probes:Iterable[str]=PROBES, # `"linear"`, `"knn"`
     kinds:dict[str, str]|None=None, # label -> `"class"` or `"number"`, where `label_kind` guesses wrong
     resamples:int=500, # of the bootstrap

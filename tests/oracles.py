@@ -121,3 +121,71 @@ def subset_logits(embeddings, target, i, j, scale, penalty, null=-math.inf, max_
 def subset_score(*args, **options):
     "Logarithm of the summed odds of all subsets."
     return sum(logit.exp() for logit in subset_logits(*args, **options).values()).log()
+
+
+def nt_xent_loop(a, b, temperature, rows=None):
+    "Minus the log of what each of the 2N rows gives its partner, among all others but itself, in the mean."
+    rows = list(range(len(a))) if rows is None else rows
+    views = [(i, k, unit(x[i])) for k, x in enumerate((a, b)) for i in rows]
+    losses = []
+    for i, k, v in views:
+        others = [((v @ w) / temperature, j) for j, l, w in views if (j, l) != (i, k)]
+        partner = next(score for score, j in others if j == i)
+        losses.append(torch.stack([score for score, _ in others]).exp().sum().log() - partner)
+    return sum(losses) / len(losses)
+
+
+def fused_row(fusion, tokens):
+    "What CLS becomes beside these tokens of one row, modality -> vector, by PyTorch's own layers, with no mask."
+    x = torch.stack([fusion.cls[0], *(e + fusion.modality[m] for m, e in tokens.items())])[None]
+    for layer in fusion.blocks: x = layer(x)
+    return fusion.norm(x[0, 0])
+
+
+def fused_loop(fusion, embeddings, subset, present=None):
+    "The fusion of each row, one at a time, from what it has of the subset."
+    has = lambda i, m: present is None or bool(present[i, m])
+    return torch.stack([fused_row(fusion, {m: embeddings[m][i] for m in subset if has(i, m)})
+                        for i in range(len(embeddings[subset[0]]))])
+
+
+def head_row(head, x):
+    "Three linear layers, LayerNorm and ReLU between, for one vector; of length 1."
+    a, b, c = head.linears
+    return unit(c(head.norms[1](b(head.norms[0](a(x)).relu())).relu()))
+
+
+def comm_loop(objective, one, two, present=None, fused=1., single=1., retrieval=0.):
+    "CoMM from the fusion of one row and one set of modalities at a time."
+    M, B = len(one), len(one[0])
+    def z(copy, subset): return torch.stack([head_row(objective.head, v) for v in
+                                             fused_loop(objective.fusion, copy, subset, present)])
+    def both_ways(s, t, rows):
+        return (nt_xent_loop(z(one, s), z(two, t), objective.temperature, rows)
+                + nt_xent_loop(z(two, s), z(one, t), objective.temperature, rows)) / 2
+    everything, total, weight = tuple(range(M)), 0., 0.
+    terms = [(fused, everything, everything, None), *((single, (m,), everything, m) for m in range(M))]
+    terms += [(retrieval, tuple(k for k in range(M) if k != m), (m,), m) for m in range(M)]
+    for w, s, t, needed in terms:
+        rows = [i for i in range(B) if present is None or needed is None or present[i, needed]]
+        if w == 0 or len(rows) < 2: continue
+        total, weight = total + w * both_ways(s, t, rows), weight + w
+    return total / weight
+
+
+def cross_self_loop(objective, one, two, present=None):
+    "CLIP both ways on every pair, in the mean of both copies, and SimCLR within each modality."
+    M, B, T = len(one), len(one[0]), objective.temperature
+    has = lambda i, *ms: present is None or all(present[i, m] for m in ms)
+    z = [[torch.stack([head_row(objective.head[m], x) for x in copy[m]]) for m in range(M)] for copy in (one, two)]
+    def ask(a, b, rows):
+        found = [torch.stack([a[i] @ b[j] / T for j in rows]).logsumexp(0) - a[i] @ b[i] / T for i in rows]
+        return sum(found) / len(rows)
+    cross, own = [], []
+    for m in range(M):
+        rows = [i for i in range(B) if has(i, m)]
+        if len(rows) > 1: own.append(nt_xent_loop(z[0][m], z[1][m], T, rows))
+        for k in range(m):
+            rows = [i for i in range(B) if has(i, m, k)]
+            if len(rows) > 1: cross += [ask(c[a], c[b], rows) for c in z for a, b in ((m, k), (k, m))]
+    return sum(cross)/len(cross) + objective.own * sum(own)/len(own)

@@ -10,9 +10,9 @@ import gated_symile
 from gated_symile.core import GatedSymileError
 
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
-ORDER = """core product contrastive cube neutral gate.fits gate.factorised gate.gate
+ORDER = """core product contrastive cube fusion neutral gate.fits gate.factorised gate.gate
     objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated
-    objectives.subset objectives.linear
+    objectives.subset objectives.comm objectives.linear
     statistics augment data.rows data.batches data.dataset data.corruption data.splits data.xnor data.xor data.bits
     data.trifeature data.packaged data.mfeat data.nhanes data.tcga data.cells data.emoji data.tabular data.mimic
     data.biobank

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from gated_symile import (
     GRAM, MLP, TRIANGLE, Bank, GatedSymile, ModalityGate, MultimodalDataset, MultimodalModel, PairwiseCLIP, Ranks,
     SubsetSymile,
-    Symile, accuracy_by_corruption, audit, encode_bank, fit, generator, info_nce, load_bank, mip, rank_dataset,
+    CoMM, CrossSelf, Fusion, ProjectionHead, Symile, TwoCopies, accuracy_by_corruption, audit, encode_bank, fit,
+    generator, info_nce, load_bank, minus_loss, mip, nt_xent, rank_dataset,
     rank_true, retrieve,
     save_bank, synthetic_xnor, top_k, unit, verdict,
 )
@@ -179,6 +180,29 @@ def gates() -> list[Objective]:
     return [objective, make_objective("GatedSymile", 3, DIM, strength=settings["strength"])]
 
 
+class SimCLR(TwoCopies):
+    "An objective of one's own that learns from two copies of each row."
+    def _loss_of_two(self, one: list[Tensor], two: list[Tensor], present: Tensor | None) -> Tensor:
+        return torch.stack([nt_xent(a, b, temperature=0.5) for a, b in zip(one, two)]).mean()
+
+
+class Noise(nn.Module):
+    "An augmentation of one's own."
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+def fused(first: MultimodalDataset, valid: MultimodalDataset) -> Tensor:
+    encoders = {name: MLP(x.shape[1], dim=DIM) for name, x in first.modalities.items()}
+    for objective in (SimCLR(), CrossSelf(3, DIM)): assert MultimodalModel(encoders, objective).loss(first[:9]) > 0
+    model = MultimodalModel(encoders, CoMM(3, dim=DIM, retrieval=1.), augment={name: Noise() for name in NAMES})
+    history = fit(model, first, valid, epochs=1, progress=False, validate=minus_loss)
+    assert history["valid"].notna().all()
+    found: Tensor = ProjectionHead(DIM)(Fusion(3, DIM)(model.embed(valid), subsets=[(0, 1), (2,)]))
+    assert found.shape == (2, len(valid), DIM)
+    return model.represent(valid, names=["A", "B"])
+
+
 def loop(x: Tensor, y: Tensor, z: Tensor, present: Tensor | None = None) -> Tensor:
     "Embeddings of one's own in a plain loop."
     encoders = nn.ModuleList([Small(x.shape[1]), Small(y.shape[1]), Small(z.shape[1])])
@@ -207,6 +231,7 @@ def main(folder: Path) -> None:
     assert len(keep(model, test, folder)) == 6
     assert len(loop(*first.modalities.values())) == len(first) and "Softest" in registered()
     assert all(isinstance(encoder, nn.Module) for encoder in many_kinds()) and len(packaged()) > 2
+    assert fused(first, valid).shape == (len(valid), DIM)
     assert 0 <= admissions(folder/"look_alike") <= 1
     assert len(kinds()) == 5 and list(copies(dict(first.modalities))) == first.names
     assert len(captioned(["an elk", None])) == 2

@@ -56,7 +56,8 @@ def plain(
 
 # %% ../../nbs/api/runs/spec.ipynb #43e7f242
 # What an experiment sets itself, or no file can hold.
-_GIVEN = {"p", "generator", "dim", "device", "seed", "progress", "optimiser", "callbacks", "candidates"}
+_GIVEN = {"p", "generator", "dim", "device", "seed", "progress", "optimiser", "callbacks", "candidates", "target",
+          "validate"}
 
 def options_of(
     function:Callable, # or a class
