@@ -186,7 +186,7 @@ class SimCLR(TwoCopies):
         return torch.stack([nt_xent(a, b, temperature=0.5) for a, b in zip(one, two)]).mean()
 
 
-class Noise(nn.Module):
+class Jiggle(nn.Module):
     "An augmentation of one's own."
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return x + 0.1 * torch.randn(x.shape, generator=generator)
@@ -195,7 +195,7 @@ class Noise(nn.Module):
 def fused(first: MultimodalDataset, valid: MultimodalDataset) -> Tensor:
     encoders = {name: MLP(x.shape[1], dim=DIM) for name, x in first.modalities.items()}
     for objective in (SimCLR(), CrossSelf(3, DIM)): assert MultimodalModel(encoders, objective).loss(first[:9]) > 0
-    model = MultimodalModel(encoders, CoMM(3, dim=DIM, retrieval=1.), augment={name: Noise() for name in NAMES})
+    model = MultimodalModel(encoders, CoMM(3, dim=DIM, retrieval=1.), augment={name: Jiggle() for name in NAMES})
     history = fit(model, first, valid, epochs=1, progress=False, validate=minus_loss)
     assert history["valid"].notna().all()
     found: Tensor = ProjectionHead(DIM)(Fusion(3, DIM)(model.embed(valid), subsets=[(0, 1), (2,)]))
