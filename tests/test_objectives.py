@@ -1,5 +1,5 @@
 "Objectives against slow loops in float64 and against the PyPI package symile."
-import math
+import math, subprocess, sys
 from itertools import product
 
 import pytest
@@ -239,3 +239,16 @@ class TestContract:
             objective.score(e, 0, torch.zeros(5, 3, dtype=torch.bool))
         with pytest.raises(DtypeError, match="bool"): objective(e, torch.ones(5, 3))
         with pytest.raises(ShapeError, match="present"): objective(e, torch.ones(5, 2, dtype=torch.bool))
+
+
+def test_all_combinations_go_on_when_the_cells_of_their_page_are_run_beside_the_library():
+    script = """
+import runpy, torch
+from gated_symile import Symile
+runpy.run_module("gated_symile.cube")
+x = [torch.nn.functional.normalize(torch.randn(6, 4), dim=1).requires_grad_() for _ in range(3)]
+Symile("all")(x).backward()
+print(x[0].grad.isfinite().all().item())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

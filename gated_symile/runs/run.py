@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from ..auditing import detection
+from ..augment import default_augment
 from ..core import generator, DataError
 from ..data.dataset import MultimodalDataset
 from ..encoders import default_encoder, ENCODERS, Flat
@@ -41,7 +42,7 @@ def make_model(
     spec:RunSpec, # the run
     train:MultimodalDataset, # its training rows, of which the shapes and the number count
 ) -> MultimodalModel: # as it is before training; its weights are drawn from the seed
-    "An encoder for each modality, `Flat` where the objective is in closed form, and the objective; the errors of both."
+    "An encoder a modality (`Flat` for a closed form), objective, `default_augment` if it takes copies; their errors."
     sizes = {name: math.prod(train.modalities[name].shape[1:]) for name in spec.names}
     at_once = "closed form" in registered()[spec.objective].capabilities
     dim = max(sizes.values()) if at_once else spec.dim
@@ -55,7 +56,9 @@ def make_model(
         encoders = {name: encoder(name) for name in spec.names}
         objective = make_objective(spec.objective, len(sizes), dim, **spec.objective_options)
     objective.logit_scale.requires_grad_(spec.learn_scale)
-    return MultimodalModel(encoders, objective, standardise=spec.standardise)
+    augment = {name: default_augment(train.modalities[name].shape[1:], train.modalities[name].dtype)
+               for name in spec.names if "two copies" in objective.capabilities}
+    return MultimodalModel(encoders, objective, standardise=spec.standardise, augment=augment)
 
 # %% ../../nbs/api/runs/run.ipynb #52b8f3e9
 def train_one(
