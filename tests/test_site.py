@@ -97,6 +97,7 @@ def test_a_formula_that_is_not_understood_is_noticed():
     ('<img src="gone.png">', "does not exist"),
     ('<a href="https://example.org/">', None),
     ('<script src="https://example.org/a.js"></script>', "from another host"),
+    ('[<a href="b.html"><code>MLP</code></a>](mlp.ipynb)', "by itself"),
 ])
 def test_a_broken_link_is_noticed(tmp_path, monkeypatch, html, problem):
     (tmp_path/"a.html").write_text(html)
