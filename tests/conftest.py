@@ -10,6 +10,10 @@ if sys.dont_write_bytecode:    # as in many containers, where every process woul
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT/".pytest_cache"/"bytecode")
     sys.dont_write_bytecode = os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is None
 
+# PyTorch keeps what it compiled, and takes it for another processor's as well, which ends in a segmentation fault.
+CPU = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT/".pytest_cache"/f"compiled_{CPU}"))
+
 
 @pytest.fixture(scope="session")
 def site():
