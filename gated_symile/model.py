@@ -17,6 +17,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import nn, Tensor
 
+from .augment import AUGMENTS, make_augment, Views
 from .core import (check_finite, check_name, check_present, fill_missing, unit, upcast, whole_file,
                                DataError, DtypeError, GatedSymileError, MissingError, ShapeError)
 from .data.batches import check_batches, given_batches, read_batches, read_blocks
@@ -44,9 +45,9 @@ class MultimodalModel(nn.Module):
         # whether `fit` learns means and scales; no: rows are used as they are; or name -> `"columns"`, `"channels"` or
         # `None`, against what the encoder says (its attribute `standardise`) or the rows do (`kind_by_rows`)
         standardise:bool|Mapping[str, str|None]=True,
-        # name -> module from standardised rows and a generator or `None` to rows of that shape: how copies are made
-        # for an objective of two copies; not named: as the row is
-        augment:Mapping[str, nn.Module]|None=None,
+        # how copies are made for an objective of two copies: name -> module from standardised rows and a generator or
+        # `None` to rows of that shape, as of `Views`; or one module for the dict of all of them, such as `BitViews`
+        augment:Mapping[str, nn.Module]|nn.Module|None=None,
     ):
         super().__init__()
         if len(encoders) < 2: raise ShapeError(f"encoders must hold at least 2 modalities, got {list(encoders)}")
@@ -54,11 +55,7 @@ class MultimodalModel(nn.Module):
             if not isinstance(name, str): raise DtypeError(f"encoders: names must be text, got {name!r}")
             if isinstance(encoder, nn.Module): continue
             raise DtypeError(f"encoders[{name!r}] must be a module, got {type(encoder).__name__}")
-        for name, change in (augment or {}).items():
-            check_name("augment", name, encoders)
-            if not isinstance(change, nn.Module):
-                raise DtypeError(f"augment[{name!r}] must be a module, got {type(change).__name__}")
-        self.augment = nn.ModuleDict({_key(name): change for name, change in (augment or {}).items()})
+        self.augment = _views(augment, encoders)
         said = {name: encoder.standardise for name, encoder in encoders.items() if hasattr(encoder, "standardise")}
         if isinstance(standardise, Mapping):
             for name in standardise: said[check_name("standardise", name, encoders)] = standardise[name]
@@ -79,25 +76,39 @@ class MultimodalModel(nn.Module):
     ) -> list[Tensor]: # M tensors `(rows, D)` in the order of `names`, unit rows
         "Embeddings of all modalities; `MissingError` if one is lacking, errors of `encode_modality` and `check`."
         batch, present = self._unpack(batch, present)
-        here = [None if present is None else present[:, m] for m in range(len(self.names))]
-        return [self.encode_modality(name, batch[name], rows, augment, generator)
-                for name, rows in zip(self.names, here)]
+        here = {name: None if present is None else present[:, m] for m, name in enumerate(self.names)}
+        rows = {name: self._readable(name, batch[name], there) for name, there in here.items()}
+        if augment and self.augment is not None: rows = self._altered(rows, here, generator)
+        return [self._encoded(name, x) for name, x in rows.items()]
 
     def encode_modality(self,
         name:str, # which modality
         x:Tensor, # its rows, as they were read
         present:Tensor|None=None, # bool `(rows,)`: which rows have it; `None`: all
-        augment:bool=False, # whether of an augmented copy of each row
-        generator:torch.Generator|None=None, # source of the augmentation
     ) -> Tensor: # `(rows, D)`, unit rows unless the objective says `directions = False`; absent ones mean nothing
         "Embeddings of one modality; `UnknownNameError`, `ShapeError`, `NonFiniteError` for what no mean can fill."
-        encoder = self.encoders[_key(check_name("modality", name, self.names))]
-        holes = getattr(encoder, "holes", False)                           # it wants to see them
+        return self._encoded(name, self._readable(check_name("modality", name, self.names), x, present))
+
+    def _holes(self, name): return getattr(self.encoders[_key(name)], "holes", False) # whether it wants to see them
+
+    def _readable(self, name, x, present):
+        "Rows as they are encoded: standardised, absent ones 0."
         if x.dtype == torch.uint8: x = x.float()
-        x = fill_missing(x if self.standardiser is None else self.standardiser(name, x, holes), present)
-        _check_rows(x, holes, f"modality {name!r}")
-        if augment and _key(name) in self.augment:
-            x = fill_missing(_altered(self.augment[_key(name)], x, generator, holes, f"augment[{name!r}]"), present)
+        x = x if self.standardiser is None else self.standardiser(name, x, self._holes(name))
+        _check_rows(x := fill_missing(x, present), self._holes(name), f"modality {name!r}")
+        return x
+
+    def _altered(self, rows, here, generator):
+        "A copy of all modalities, as they are encoded: what is missing stays so."
+        copy = self.augment(rows, generator)
+        if not isinstance(copy, Mapping):
+            raise DtypeError(f"augment must give a dict of rows by modality, got {type(copy).__name__}")
+        if lacking := [name for name in rows if name not in copy]: raise MissingError(f"augment gives no {lacking[0]!r}")
+        return {name: fill_missing(_checked_copy(copy[name], x, self._holes(name), f"augment[{name!r}]"), here[name])
+                for name, x in rows.items()}
+
+    def _encoded(self, name, x):
+        encoder = self.encoders[_key(name)]
         dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
         e = encoder(x.to(dtype) if x.is_floating_point() else x)
         return unit(e) if getattr(self.objective, "directions", True) else upcast(e)
@@ -206,11 +217,11 @@ class MultimodalModel(nn.Module):
         path:str|Path, # a file written by `save`
         encoders:Mapping[str, nn.Module]|None=None, # modules of your own, by modality, to be filled
         objective:nn.Module|None=None, # the same, where it isn't registered
-        augment:Mapping[str, nn.Module]|None=None, # augmentations, to train on; without them the loss is an error
+        augment:Mapping[str, nn.Module]|nn.Module|None=None, # in the place of those that the file tells of
     ) -> "MultimodalModel": # in evaluation mode
         "The model as it was saved; `FileNotFoundError`, `DataError` that names what differs, and changes nothing."
         with _opened(path) as (file, saved): state = {key: file.get_tensor(key) for key in file.keys()}
-        model = _remade(cls, saved, encoders or {}, objective, augment or {}, f"path: {path}")
+        model = _remade(cls, saved, encoders or {}, objective, augment, f"path: {path}")
         wrong, more = (found := _faults(model, saved, state))[:5], len(found[5:])
         if wrong: raise DataError(f"path: {path} doesn't fit: {'; '.join(wrong)}{f'; and {more} more' if more else ''}")
         return _filled(model, saved, state).eval()
@@ -242,9 +253,19 @@ def _check_rows(x, holes, what):
     "Finite, but for single holes where an encoder wants to see them."
     check_finite(x.masked_fill(x.isnan() & ~empty_rows(x), 0.) if holes else x, what)
 
-def _altered(change, x, generator, holes, what):
-    "A copy of rows by an augmentation: of the same shape and type, holes where there were some."
-    y = change(x, generator)
+def _views(augment, encoders):
+    "One module for all modalities, or `None`."
+    if augment is None or isinstance(augment, nn.Module): return augment
+    if not isinstance(augment, Mapping):
+        raise DtypeError(f"augment must be a dict of modules, or a module, got {type(augment).__name__}")
+    for name, change in augment.items():
+        check_name("augment", name, encoders)
+        if not isinstance(change, nn.Module):
+            raise DtypeError(f"augment[{name!r}] must be a module, got {type(change).__name__}")
+    return Views(augment) if augment else None
+
+def _checked_copy(y, x, holes, what):
+    "What an augmentation made of rows: of the same shape and type, holes where there were some."
     if not isinstance(y, Tensor): raise DtypeError(f"{what} must give a tensor, got {type(y).__name__}")
     if y.shape != x.shape: raise ShapeError(f"{what} must give rows of shape {tuple(x.shape)}, got {tuple(y.shape)}")
     if y.dtype != x.dtype: raise DtypeError(f"{what} must give rows of type {x.dtype}, got {y.dtype}")
@@ -284,15 +305,18 @@ def _made(module, library):
 
 class _Lost(nn.Module):
     "In the place of an augmentation that a file only names."
-    def __init__(self, name, kind):
+    def __init__(self, about):
         super().__init__()
-        self.name, self.kind = name, kind
+        self.about = about
 
-    def forward(self, x, generator=None):
-        raise MissingError(f"augment: copies of {self.name!r} were made by {self.kind}, of which a file holds only the "
-                           "name: pass it to load, as augment")
+    def forward(self, batch, generator=None):
+        raise MissingError(f"augment: copies were made by {self.about['class']}, which can't be made from what the file "
+                           "says of it: pass it to load, as augment")
 
-def _kind(change): return change.kind if isinstance(change, _Lost) else type(change).__name__
+def _copying(augment):
+    "What a file says of an augmentation."
+    if augment is None: return None
+    return augment.about if isinstance(augment, _Lost) else _made(augment, AUGMENTS)
 
 def _described(model):
     "What a file says of a model, besides its weights."
@@ -303,7 +327,7 @@ def _described(model):
             "standardise": False if model.standardiser is None else model.standardiser.kinds or True,
             "columns": columns,
             "encoders": [_made(encoder, ENCODERS) for encoder in encoders],
-            "augment": {name: _kind(model.augment[_key(name)]) for name in model.names if _key(name) in model.augment},
+            "augment": _copying(model.augment),
             "objective": _made(model.objective, registered())}
 
 # %% ../nbs/api/model.ipynb #fe787e23
@@ -341,6 +365,13 @@ def _make(what, about, library, make, where):
     try: return make(about["class"], about["settings"])
     except (TypeError, GatedSymileError) as error: raise DataError(f"{where}: {what} can't be made: {error}") from error
 
+def _copier(about):
+    "The augmentation that a file tells of; what it only names is an error once it is needed."
+    if not about: return None
+    if about["settings"] is None: return _Lost(about)
+    try: return make_augment(about)
+    except (TypeError, GatedSymileError): return _Lost(about)
+
 def _remade(cls, saved, encoders, objective, augment, where):
     "A model of given and of remade parts, with weights to be filled."
     names = saved["names"]
@@ -353,8 +384,8 @@ def _remade(cls, saved, encoders, objective, augment, where):
         for name, about in zip(names, saved["encoders"]):
             if name not in made: made[name] = _make(f"the encoder of {name!r}", about, ENCODERS, encoder, where)
         if objective is None: objective = _make("the objective", saved["objective"], registered(), rule, where)
-    lost = {name: _Lost(name, kind) for name, kind in saved.get("augment", {}).items()}
-    return cls({name: made[name] for name in names}, objective, saved["standardise"], {**lost, **augment})
+    augment = _copier(saved.get("augment")) if augment is None else augment
+    return cls({name: made[name] for name in names}, objective, saved["standardise"], augment)
 
 # %% ../nbs/api/model.ipynb #c8e47ab6
 def _settings_differ(what, a, b):
