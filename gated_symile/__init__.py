@@ -8,19 +8,19 @@ __all__ = ['generator', 'unit', 'DataError', 'DtypeError', 'GatedSymileError', '
            'RangeError', 'ShapeError', 'UnknownNameError', 'dvs', 'mip', 'mip_scores', 'info_nce', 'LogitScale',
            'nt_xent', 'Fusion', 'ProjectionHead', 'NeutralDirections', 'ModalityGate', 'make_objective', 'register',
            'registered', 'Objective', 'TwoCopies', 'PairwiseCLIP', 'Symile', 'GRAM', 'TRIANGLE', 'GatedSymile',
-           'query_subsets', 'SubsetSymile', 'CoMM', 'CrossSelf', 'LinearGaussian', 'Augment', 'Blur', 'Borrow', 'Chain',
-           'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter', 'Mask', 'Mirror', 'Noise',
-           'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed', 'MultimodalDataset',
-           'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits', 'synthetic_xnor',
-           'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat', 'nhanes', 'tcga_brca',
-           'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC', 'write_symile_mimic', 'ukb',
-           'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP', 'Encoder', 'Flat', 'Frozen',
-           'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder', 'ResidualMLP', 'SmallCNN',
-           'TransformersEncoder', 'Vocabulary', 'Standardiser', 'MultimodalModel', 'read_about', 'bootstrap_interval',
-           'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed', 'rank_true', 'top_k', 'Bank',
-           'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'minus_loss', 'training_rule',
-           'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection', 'verdict', 'probe',
-           'tune']
+           'query_subsets', 'SubsetSymile', 'CoMM', 'CrossSelf', 'LinearGaussian', 'Supervised', 'Augment', 'Blur',
+           'Borrow', 'Chain', 'comm_augment', 'Crop', 'default_augment', 'Drop', 'Grey', 'HideTokens', 'Jitter', 'Mask',
+           'Mirror', 'Noise', 'register_augment', 'Scale', 'Views', 'Column', 'Files', 'Mapped', 'Transformed',
+           'MultimodalDataset', 'corrupt', 'corrupt_one', 'Flip', 'Gaussian', 'Missing', 'Swap', 'corrupted_splits',
+           'synthetic_xnor', 'synthetic_xor', 'bits_labels', 'BitViews', 'synthetic_bits', 'trifeature', 'mfeat',
+           'nhanes', 'tcga_brca', 'cells', 'emoji', 'load_tabular', 'split_by_ids', 'symile_mimic', 'SymileMIMIC',
+           'write_symile_mimic', 'ukb', 'ukb_splits', 'write_ukb', 'BagOfTokens', 'default_encoder', 'EmbeddedMLP',
+           'Encoder', 'Flat', 'Frozen', 'GentleMLP', 'ImageEncoder', 'MaskedMLP', 'MLP', 'register_encoder',
+           'ResidualMLP', 'SmallCNN', 'TransformersEncoder', 'Vocabulary', 'Standardiser', 'MultimodalModel',
+           'read_about', 'bootstrap_interval', 'metrics', 'Ranks', 'rank_dataset', 'rank_in_banks', 'rank_listed',
+           'rank_true', 'top_k', 'Bank', 'encode_bank', 'load_bank', 'retrieve', 'save_bank', 'fit', 'minus_loss',
+           'training_rule', 'accuracy_by_corruption', 'gate_by_corruption', 'audit', 'audit_score', 'detection',
+           'verdict', 'probe', 'information', 'tune']
 
 # %% ../nbs/api/gated_symile.ipynb #d3732629
 from .core import (generator, unit, DataError, DtypeError, GatedSymileError, MissingError, NonFiniteError,
@@ -39,6 +39,7 @@ from .objectives.gated import GatedSymile
 from .objectives.subset import query_subsets, SubsetSymile
 from .objectives.comm import CoMM, CrossSelf
 from .objectives.linear import LinearGaussian
+from .objectives.supervised import Supervised
 from .augment import (Augment, Blur, Borrow, Chain, comm_augment, Crop, default_augment, Drop, Grey,
                                   HideTokens, Jitter, Mask, Mirror, Noise, register_augment, Scale, Views)
 from .data.rows import Column, Files, Mapped, Transformed
@@ -69,23 +70,25 @@ from .training import fit, minus_loss, training_rule
 from .fragility import accuracy_by_corruption, gate_by_corruption
 from .auditing import audit, audit_score, detection, verdict
 from .probing import probe
+from .kinds import information
 from .tuning import tune
 
 # %% ../nbs/api/gated_symile.ipynb #7bfb8972
 _all_ = ["generator", "unit", "DataError", "DtypeError", "GatedSymileError", "MissingError", "NonFiniteError",
-         "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores", "info_nce",
-         "LogitScale", "nt_xent", "Fusion", "ProjectionHead", "NeutralDirections", "ModalityGate", "make_objective",
-         "register", "registered", "Objective", "TwoCopies", "PairwiseCLIP", "Symile", "GRAM", "TRIANGLE",
-         "GatedSymile", "query_subsets", "SubsetSymile", "CoMM", "CrossSelf", "LinearGaussian", "Augment", "Blur",
-         "Borrow", "Chain", "comm_augment", "Crop", "default_augment", "Drop", "Grey", "HideTokens", "Jitter", "Mask",
-         "Mirror", "Noise", "register_augment", "Scale", "Views", "Column", "Files", "Mapped", "Transformed",
-         "MultimodalDataset", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing", "Swap", "corrupted_splits",
-         "synthetic_xnor", "synthetic_xor", "bits_labels", "BitViews", "synthetic_bits", "trifeature", "mfeat",
-         "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids", "symile_mimic", "SymileMIMIC",
-         "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens", "default_encoder", "EmbeddedMLP",
-         "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder", "MaskedMLP", "MLP", "register_encoder",
-         "ResidualMLP", "SmallCNN", "TransformersEncoder", "Vocabulary", "Standardiser", "MultimodalModel",
-         "read_about", "bootstrap_interval", "metrics", "Ranks", "rank_dataset", "rank_in_banks", "rank_listed",
-         "rank_true", "top_k", "Bank", "encode_bank", "load_bank", "retrieve", "save_bank", "fit", "minus_loss",
-         "training_rule", "accuracy_by_corruption", "gate_by_corruption", "audit", "audit_score", "detection",
-         "verdict", "probe", "tune"]
+         "OutputError", "RangeError", "ShapeError", "UnknownNameError", "dvs", "mip", "mip_scores",
+         "info_nce", "LogitScale", "nt_xent", "Fusion", "ProjectionHead", "NeutralDirections", "ModalityGate",
+         "make_objective", "register", "registered", "Objective", "TwoCopies", "PairwiseCLIP", "Symile",
+         "GRAM", "TRIANGLE", "GatedSymile", "query_subsets", "SubsetSymile", "CoMM", "CrossSelf",
+         "LinearGaussian", "Supervised", "Augment", "Blur", "Borrow", "Chain", "comm_augment", "Crop",
+         "default_augment", "Drop", "Grey", "HideTokens", "Jitter", "Mask", "Mirror", "Noise",
+         "register_augment", "Scale", "Views", "Column", "Files", "Mapped", "Transformed",
+         "MultimodalDataset", "corrupt", "corrupt_one", "Flip", "Gaussian", "Missing", "Swap",
+         "corrupted_splits", "synthetic_xnor", "synthetic_xor", "bits_labels", "BitViews", "synthetic_bits",
+         "trifeature", "mfeat", "nhanes", "tcga_brca", "cells", "emoji", "load_tabular", "split_by_ids",
+         "symile_mimic", "SymileMIMIC", "write_symile_mimic", "ukb", "ukb_splits", "write_ukb", "BagOfTokens",
+         "default_encoder", "EmbeddedMLP", "Encoder", "Flat", "Frozen", "GentleMLP", "ImageEncoder",
+         "MaskedMLP", "MLP", "register_encoder", "ResidualMLP", "SmallCNN", "TransformersEncoder",
+         "Vocabulary", "Standardiser", "MultimodalModel", "read_about", "bootstrap_interval", "metrics",
+         "Ranks", "rank_dataset", "rank_in_banks", "rank_listed", "rank_true", "top_k", "Bank", "encode_bank",
+         "load_bank", "retrieve", "save_bank", "fit", "minus_loss", "training_rule", "accuracy_by_corruption",
+         "gate_by_corruption", "audit", "audit_score", "detection", "verdict", "probe", "information", "tune"]

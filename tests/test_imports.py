@@ -12,12 +12,12 @@ from gated_symile.core import GatedSymileError
 PACKAGE = Path(__file__).parent.parent/"gated_symile"
 ORDER = """core product contrastive cube fusion neutral gate.fits gate.factorised gate.gate
     objectives.base objectives.clip objectives.symile objectives.gram objectives.triangle objectives.gated
-    objectives.subset objectives.comm objectives.linear
+    objectives.subset objectives.comm objectives.linear objectives.supervised
     statistics augment data.rows data.batches data.dataset data.corruption data.splits data.xnor data.xor data.bits
     data.trifeature data.packaged data.mfeat data.nhanes data.tcga data.cells data.emoji data.tabular data.mimic
     data.biobank
     encoders.base encoders.mlp encoders.tables encoders.images encoders.text encoders.default encoders standardise model
-    search bank training fragility auditing probing runs.spec runs.run runs.record runs.plan tuning plots""".split()
+    search bank training fragility auditing probing kinds runs.spec runs.run runs.record runs.plan tuning plots""".split()
 GENERATED = "__init__", "_modidx"
 
 
