@@ -9,6 +9,7 @@ __all__ = ['FORMAT', 'MultimodalModel', 'evaluating', 'read_about']
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 
@@ -331,11 +332,17 @@ def _described(model):
             "objective": _made(model.objective, registered())}
 
 # %% ../nbs/api/model.ipynb #fe787e23
+def _defaults(cls):
+    return {p.name: p.default for p in signature(cls).parameters.values() if p.default is not p.empty}
+
 def _completed(saved):
     "With what objectives had no option for when the file was written, as it was then."
     rule = saved["objective"]
     if rule["settings"] and rule["class"] in registered():
         rule["settings"] = {**registered()[rule["class"]].added, **rule["settings"]}
+    for about in saved["encoders"]: # what was added later does nothing by default
+        if about["settings"] and about["class"] in ENCODERS:
+            about["settings"] = {**_defaults(ENCODERS[about["class"]]), **about["settings"]}
     return saved
 
 @contextmanager

@@ -39,23 +39,34 @@ class SmallCNN(Encoder):
         channels:int=3, # of a row
         spatial_dims:int=2, # dimensions of space: 1 for signals, 2 for pictures, 3 for volumes
         widths:list[int]=[32, 64, 128], # channels of the blocks, multiples of 8
-        kernel:int=3, # side of the convolutions, in pixels or samples
+        kernel:int|list[int]=3, # side of the convolutions, in pixels or samples; or one for each of `widths`
         dropout:float=0., # share of the last features dropped while training
+        strided:bool=False, # whether convolutions halve the sides by their stride, at a quarter of the cost; else max pooling
+        norm:str="group", # `"group"`, or `"batch"`, where rows of a batch depend on one another
     ):
         super().__init__()
         self.dim, self.channels = check_whole("dim", dim, 1), check_whole("channels", channels, 1)
         self.spatial_dims = check_whole("spatial_dims", spatial_dims, 1, 3)
-        self.kernel = check_whole("kernel", kernel, 1)
         if isinstance(widths, (int, str)): raise DtypeError(f"widths must be a list of whole numbers, got {widths!r}")
         self.widths = [check_whole("widths", width, 1) for width in widths]
-        self.dropout = float(check_range("dropout", dropout, 0, 1))
-        conv, pool = (getattr(nn, f"{name}{self.spatial_dims}d") for name in ("Conv", "MaxPool"))
-        blocks = [layer for a, b in pairwise([self.channels, *self.widths])
-                  for layer in (conv(a, b, self.kernel, padding=self.kernel // 2, bias=False),
-                                nn.GroupNorm(gcd(8, b), b), nn.GELU(), pool(2, ceil_mode=True))]
+        kernels = kernel if isinstance(kernel, (list, tuple)) else [kernel]*len(self.widths)
+        kernels = [check_whole("kernel", side, 1) for side in kernels]
+        if len(kernels) != len(self.widths): raise ShapeError(f"kernel must have a side for each of {widths}, got {kernel}")
+        self.kernel = kernels if isinstance(kernel, (list, tuple)) else kernel
+        self.dropout, self.strided = float(check_range("dropout", dropout, 0, 1)), bool(strided)
+        self.norm = check_name("norm", norm, ["group", "batch"])
+        blocks = [layer for (a, b), side in zip(pairwise([self.channels, *self.widths]), kernels)
+                  for layer in self._block(a, b, side)]
         mean = getattr(nn, f"AdaptiveAvgPool{self.spatial_dims}d")(1)
         last = [self.channels, *self.widths][-1]
         self.layers = nn.Sequential(*blocks, mean, nn.Flatten(), nn.Dropout(self.dropout), nn.Linear(last, self.dim))
+
+    def _block(self, a, b, side):
+        "A convolution, its norm, and half the sides."
+        conv, pool, batch = (getattr(nn, f"{name}{self.spatial_dims}d") for name in ("Conv", "MaxPool", "BatchNorm"))
+        norm = nn.GroupNorm(gcd(8, b), b) if self.norm == "group" else batch(b)
+        made = conv(a, b, side, 2 if self.strided else 1, side // 2, bias=False), norm, nn.GELU()
+        return made if self.strided else (*made, pool(2, ceil_mode=True))
 
     def forward(self,
         x:Tensor, # rows `(rows, channels, ...)`, floats
