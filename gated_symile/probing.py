@@ -194,6 +194,7 @@ def _probed(name, view, fitted, judged, labels, kind, probes, metrics, strengths
     x, y, n = _pairs(fitted[view], labels[0][name], kind, f"train_labels[{name!r}], {view}")
     if kind == "class" and len(np.unique(y)) < 2:
         raise MissingError(f"train_labels[{name!r}]: of {view} there is only the class {y[0]!r}")
+    if kind == "number": probes = list(dict.fromkeys("linear" if word == "balanced" else word for word in probes))
     models = {word: _fitted(word, kind, x, y, how["seed"], strengths) for word in probes}
     for without, views in judged.items():
         if view == without: continue
