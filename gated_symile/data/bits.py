@@ -61,7 +61,7 @@ class BitViews(Told):
     "A copy of rows of `synthetic_bits`, all modalities at once; `RangeError`, `DtypeError`."
     def __init__(self,
         noise:float=0.4, # standard deviation of the noise on every bit, and, unless `anew`, on every column
-        flip:float=0.2, # probability that a row has its parity bits turned over, in two modalities drawn for it
+        flip:float=0.1, # probability that a row has its parity bits turned over, in two modalities drawn for it
         together:bool=True, # whether it is in both; no: in each modality with that probability, by itself
         anew:bool=True, # whether the columns of noise are drawn anew
     ):
