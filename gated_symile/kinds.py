@@ -32,7 +32,7 @@ def information(
     views:Iterable[str]|None=None, # as for `probe`; `None`: each modality, and `fused`, or `concatenated` and `product`
     **options, # of `probe`: `probes`, `kinds`, `resamples`, `seed`, `C`, `metrics`
 ) -> pd.DataFrame: # `model`, then the columns of `probe`, `kind` in place of `label`
-    "How well each kind of label is told from each model's frozen features, with intervals and chance; errors of `probe`."
+    "How well each kind of label is told from each model's frozen features; errors of `probe`, `DtypeError`."
     models = {"model": models} if isinstance(models, MultimodalModel) else models
     if not isinstance(models, Mapping):
         raise DtypeError(f"models must be a MultimodalModel, or a dict of them by name, got {type(models).__name__}")

@@ -104,7 +104,8 @@ class MultimodalModel(nn.Module):
         copy = self.augment(rows, generator)
         if not isinstance(copy, Mapping):
             raise DtypeError(f"augment must give a dict of rows by modality, got {type(copy).__name__}")
-        if lacking := [name for name in rows if name not in copy]: raise MissingError(f"augment gives no {lacking[0]!r}")
+        if lacking := [name for name in rows
+                       if name not in copy]: raise MissingError(f"augment gives no {lacking[0]!r}")
         return {name: fill_missing(_checked_copy(copy[name], x, self._holes(name), f"augment[{name!r}]"), here[name])
                 for name, x in rows.items()}
 
@@ -311,8 +312,8 @@ class _Lost(nn.Module):
         self.about = about
 
     def forward(self, batch, generator=None):
-        raise MissingError(f"augment: copies were made by {self.about['class']}, which can't be made from what the file "
-                           "says of it: pass it to load, as augment")
+        raise MissingError(f"augment: copies were made by {self.about['class']}, which can't be made from what the "
+                           "file says of it: pass it to load, as augment")
 
 def _copying(augment):
     "What a file says of an augmentation."

@@ -125,7 +125,8 @@ def _auroc(model, x, y, train_y, how):
         value, interval = auroc(s, positive), auroc_interval(s, positive, **how)
     else:
         areas = _macro(scores[:, [classes.index(c) for c in told]], y, told)
-        value, interval = areas(torch.arange(len(y))[None]).item(), bootstrap_interval(torch.arange(len(y)), areas, **how)
+        value, interval = areas(torch.arange(len(y))[None]).item(), bootstrap_interval(torch.arange(len(y)), areas,
+                                                                                       **how)
     return dict(value=value, low=interval[0], high=interval[1], chance=0.5)
 
 def _r2(model, x, y, train_y, how):
@@ -212,7 +213,8 @@ def probe(
     test:MultimodalDataset, # other rows, on which they are judged
     train_labels, # a column a label: DataFrame or dict; or a single one: Series, array, tensor, list; missing: NaN
     test_labels, # the same labels of the test rows
-    views:str|Iterable[str]|None=None, # modalities, `"concatenated"`, `"product"`, `"fused"` if there is one; `None`: all
+    # modalities, `"concatenated"`, `"product"`, `"fused"` if there is one; `None`: all
+    views:str|Iterable[str]|None=None,
     probes:str|Iterable[str]=PROBES, # `"linear"`, `"knn"`, `"balanced"`: linear, each class of equal weight
     kinds:dict[str, str]|None=None, # label -> `"class"` or `"number"`, where `label_kind` guesses wrong
     resamples:int=500, # of the bootstrap

@@ -1,4 +1,4 @@
-"What kind of information models keep: the table, whole-batch copies, labels as a modality, and the template around them."
+"What kind of information models keep: the table, whole-batch copies, labels as a modality, and the template."
 import json
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gated_symile.augment import Chain, Noise, Views
-from gated_symile.core import DataError, DtypeError, MissingError, ShapeError, UnknownNameError, generator
+from gated_symile.core import DtypeError, MissingError, UnknownNameError, generator
 from gated_symile.data.bits import BitViews, bits_labels, synthetic_bits
 from gated_symile.data.dataset import MultimodalDataset
 from gated_symile.encoders import Flat, MLP
@@ -77,7 +77,8 @@ def test_an_augmentation_without_settings_is_asked_for(tmp_path):
 # The table
 
 def asked(models, **options):
-    return information(models, TRAIN, TEST, bits_labels(TRAIN), bits_labels(TEST), **{"C": 0.1, "resamples": 20, **options})
+    return information(models, TRAIN, TEST, bits_labels(TRAIN), bits_labels(TEST),
+                       **{"C": 0.1, "resamples": 20, **options})
 
 
 def test_each_model_is_asked_for_each_kind():
@@ -110,14 +111,16 @@ def test_numbers_are_asked_for_once_by_r2():
 
 # Labels as a modality
 
-def with_labels(rows): return MultimodalDataset({**rows.modalities, "labels": torch.stack([*bits_labels(rows).values()], 1).float()})
+def with_labels(rows): return MultimodalDataset({**rows.modalities,
+                                                 "labels": torch.stack([*bits_labels(rows).values()], 1).float()})
 
 
 def test_training_on_labels_is_a_fit_like_any_other():
     torch.manual_seed(0)
     encoders = {**{name: MLP(5, 16, width=16) for name in ROWS.names}, "labels": Flat(5, 16)}
     model = MultimodalModel(encoders, Supervised(4, 16, [2]*5), standardise=False)
-    history = fit(model, with_labels(TRAIN), with_labels(TEST), steps=120, batch_size=35, learning_rate=1e-2, validate=minus_loss,
+    history = fit(model, with_labels(TRAIN), with_labels(TEST), steps=120, batch_size=35, learning_rate=1e-2,
+                  validate=minus_loss,
                   progress=False)
     assert history["valid"].max() > -0.5                                               # guessing: -log 2, -0.69
     unknown = MultimodalDataset({**TEST.modalities, "labels": torch.full((len(TEST), 5), -1.)})
@@ -137,8 +140,9 @@ def test_the_template_goes_from_bits_to_a_table(tmp_path, capsys):
     table = pd.read_parquet(tmp_path/"results.parquet")
     pd.testing.assert_frame_equal(table, names["table"])
     assert set(table["method"]) == {"CoMM", "PairwiseCLIP", "Supervised", "untrained"}
-    assert set(table["kind"]) == {"redundancy", "unique1", "unique2", "synergy"} and set(table["probe"]) == {"balanced", "linear"}
-    assert json.loads(table["settings"][0])["steps"] == 4 and (tmp_path/"kinds.svg").is_file()
+    assert set(table["kind"]) == {"redundancy", "unique1", "unique2", "synergy"} and set(table["probe"]) == {"balanced",
+                                                                                                             "linear"}
+    assert json.loads(table["settings"][0])["dim"] == 32 and (tmp_path/"kinds.svg").is_file()
     assert MultimodalModel.load(names["files"][0]).represent(synthetic_bits(4, 2, 2)).shape == (4, 32)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path/"weights").iterdir()}
     run(tmp_path)

@@ -41,7 +41,8 @@ class SmallCNN(Encoder):
         widths:list[int]=[32, 64, 128], # channels of the blocks, multiples of 8
         kernel:int|list[int]=3, # side of the convolutions, in pixels or samples; or one for each of `widths`
         dropout:float=0., # share of the last features dropped while training
-        strided:bool=False, # whether convolutions halve the sides by their stride, at a quarter of the cost; else max pooling
+        # whether convolutions halve the sides by their stride, which costs less; else max pooling
+        strided:bool=False,
         norm:str="group", # `"group"`, or `"batch"`, where rows of a batch depend on one another
     ):
         super().__init__()
@@ -51,7 +52,8 @@ class SmallCNN(Encoder):
         self.widths = [check_whole("widths", width, 1) for width in widths]
         kernels = kernel if isinstance(kernel, (list, tuple)) else [kernel]*len(self.widths)
         kernels = [check_whole("kernel", side, 1) for side in kernels]
-        if len(kernels) != len(self.widths): raise ShapeError(f"kernel must have a side for each of {widths}, got {kernel}")
+        if len(kernels) != len(self.widths):
+            raise ShapeError(f"kernel must have a side for each of {widths}, got {kernel}")
         self.kernel = kernels if isinstance(kernel, (list, tuple)) else kernel
         self.dropout, self.strided = float(check_range("dropout", dropout, 0, 1)), bool(strided)
         self.norm = check_name("norm", norm, ["group", "batch"])

@@ -8,7 +8,6 @@ __all__ = ['Supervised']
 # %% ../../nbs/api/objectives/supervised.ipynb #9116ae37
 from collections.abc import Sequence
 
-import torch
 from torch import nn, Tensor
 from torch.nn.functional import cross_entropy
 
@@ -69,7 +68,8 @@ class Supervised(Objective):
 
     def _loss(self, embeddings, present, generator):
         labels = self._labels(embeddings[-1])
-        if present is not None: labels = labels.masked_fill(~(present[:, -1:] & present[:, :-1].any(1, keepdim=True)), -1)
+        if present is not None: labels = labels.masked_fill(~(present[:, -1:] & present[:, :-1].any(1, keepdim=True)),
+                                                            -1)
         if readable(labels) and (labels < 0).all(): raise MissingError("labels: none of these rows is known")
         told = zip(self._told(embeddings, present), labels.unbind(1))
         losses = [(cross_entropy(x, y, ignore_index=-1, reduction="sum"), (y >= 0).sum()) for x, y in told]
