@@ -62,6 +62,18 @@ def test_a_record_holds_what_the_plan_says(path):
     assert faults(read_record(path), Plan.load(PLAN), path.stem, read_record(RESULTS/"tuning.parquet")) == []
 
 
+@pytest.mark.parametrize("path", sorted((RESULTS/"information").glob("*.parquet")), ids=lambda p: p.stem)
+def test_a_table_of_information_says_where_it_comes_from(path):
+    "Each value once, within its interval, by a seed that was not tuned on, from code that is committed."
+    table = pd.read_parquet(path)
+    key = ["method", "seed", "arm", "kind", "view", "without", "probe", "metric"]
+    assert len(table) and not table.duplicated(key).any() and table["seed"].max() < 100
+    settings = table["settings"].map(json.loads)
+    for name in ("data", "method", "seed", "arm"): assert (settings.map(lambda s: s[name]) == table[name]).all()
+    assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).mean() > 0.99
+    assert table["commit"].str.fullmatch(r"[0-9a-f]{40}").all() and table["n_test"].min() > 100
+
+
 def test_no_recorded_run_is_lost():
     "Each is found by the digest of what the plan says now."
     standing = progress_table(Plan.load(PLAN), RESULTS).groupby("stage")["recorded"].sum()
