@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
+from .checkpoint import check_place, Checkpoint, sigterm_raises
 from .core import (check_name, check_range, check_whole, generator, DataError, DtypeError, GatedSymileError,
                                MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.batches import check_batches, given_batches, naming_the_dead, read_batches
@@ -335,20 +337,33 @@ def fit(
     steps:int|None=None, # at most so many steps, in whole epochs; `None`: by `training_rule`, if `epochs` isn't given
     every:int|None=None, # epochs between two looks at `valid`, each a line of history; `None`: by rule, 1 with `epochs`
     validate:Callable|None=None, # `(model, valid) -> float`, or a tuple: larger is better; `None`: by retrieval
+    checkpoint:str|Path|None=None, # file in which each look is kept, to go on from when called again; `None`: none
 ) -> pd.DataFrame: # lines of `epoch`, `train_loss`, `valid_top1`, `valid_mrr`, `log_scale`, `gate_*`, `seconds`, `best`
-    "Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step."
+    """Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step.
+
+    With `checkpoint`, the same call goes on after the last look that was kept, whatever ended it, and comes to the
+    same weights and history, bit for bit; a finished run comes back at once. Batches of your own go on at the start of
+    an epoch, and their order is yours. SIGTERM ends it like Ctrl-C, as `SystemExit(143)`. `DataError` for a file of
+    another run, by name, or if it and the one `.before` it are damaged; `OutputError` where none can be written.
+    """
     rates = dict(learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, weight_decay=weight_decay,
                  warmup_steps=warmup_steps)
     _check_validation(target, validate, bank_size, candidates)
-    _check_settings(precision, optimiser, callbacks, epochs=epochs, steps=steps, every=every, batch_size=batch_size,
-                    clip=clip, patience=patience, bank_size=bank_size, seed=seed, **rates)
+    numbers = dict(epochs=epochs, steps=steps, every=every, batch_size=batch_size, clip=clip, patience=patience,
+                   bank_size=bank_size, seed=seed, **rates)
+    _check_settings(precision, optimiser, callbacks, **numbers)
+    check_place(checkpoint)
     device, draws, best = _check_device(device), generator(seed), _Best(model)
-    descent, history, epoch, n_steps, skipped = None, [], 1, 0, []
+    descent, epoch = None, 1
+    settings = dict(numbers, target=target, precision=precision, device=device.type, optimiser=optimiser,
+                    validate=validate, candidates=candidates)
+    fork = partial(torch.random.fork_rng, range(torch.cuda.device_count()))
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
     def look(): # how good the weights are, as columns of the history
         if validate is not None: return _told(validate, model, valid)
         return _retrieval(model, valid, target, bank_size, lists, autocast)
     if _closed_form(model):
+        if checkpoint is not None: raise DataError("checkpoint: the objective learns all at once")
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         return _fit_at_once(model, _batches(train, batch_size, draws, device, model.names), look, autocast, callbacks)
     epochs, patience, every = _how_long(train, batch_size, epochs, steps, patience, every).values()
@@ -356,9 +371,12 @@ def fit(
     try:
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         descent = _optimiser(model, optimiser, rates)
-        with torch.random.fork_rng(range(torch.cuda.device_count())), epochs_bar as bar:
+        kept = Checkpoint(checkpoint, settings, dict(train=train, valid=valid), model, descent, best, draws)
+        with sigterm_raises(checkpoint), fork(), epochs_bar as bar:
             torch.manual_seed(seed)
+            done, n_steps, skipped, history = kept.resume()
             for epoch in bar:
+                if epoch <= done: continue
                 batches = _batches(train, batch_size, draws, device, model.names)
                 with closing(batches), naming_the_dead(getattr(train, "workers", "your")):
                     loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
@@ -371,10 +389,13 @@ def fit(
                 history.append(dict(epoch=epoch, train_loss=loss, **found, **_watched(model.objective),
                                     seconds=time.perf_counter() - start))
                 start = time.perf_counter()
-                for call in callbacks: call(dict(history[-1]))
+                over = epoch - best.epoch >= patience
+                kept.save(epochs if over else epoch, n_steps, skipped, history)
+                with fork(): # what they draw changes nothing
+                    for call in callbacks: call(dict(history[-1]))
                 bar.set_postfix(loss=f"{loss:.3f}", valid=f"{[*found.values()][0]:.3f}", best=f"{best.key[0]:.3f}")
-                if epoch - best.epoch >= patience: break
-    except KeyboardInterrupt: best.tell(epoch); raise
+                if over: break
+    except (KeyboardInterrupt, SystemExit): best.tell(epoch); raise
     finally: best.restore(model, descent)
     if skipped: warnings.warn(f"train: {len(skipped)} of {n_steps} batches skipped ({skipped[0]}); larger batches make "
                               "that rarer", stacklevel=2)
