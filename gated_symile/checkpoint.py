@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'FEW', 'pack', 'unpack', 'before', 'write_state', 'read_sta
 import json, os, signal, threading, warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from hashlib import blake2b
 from pathlib import Path
 
@@ -194,6 +195,11 @@ def sigterm_raises(
     finally: signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 # %% ../nbs/api/checkpoint.ipynb #4a8cbd11
+def _sweep(path):
+    "Remove what writers that were killed have left beside a checkpoint."
+    for part in Path(path).parent.glob(f".{escape(Path(path).name)}.*.part"):
+        with suppress(OSError): part.unlink()
+
 class Checkpoint:
     "What a training has come to, kept in a file; `DtypeError` for an optimiser that can't be kept."
     def __init__(self,
@@ -242,7 +248,7 @@ class Checkpoint:
     def resume(self) -> tuple[int, int, list[str], list[dict]]: # what `save` takes; 0, 0 and empty: from the start
         "Put all back as it was; `DataError` for a file of another run, which it names, and for files that are damaged."
         state = None
-        if self.path is not None: state, self.whole = latest_state(self.path)
+        if self.path is not None: _sweep(self.path); state, self.whole = latest_state(self.path)
         if state is None: return 0, 0, [], []
         wrong = _differences(state["about"], self.about)
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
