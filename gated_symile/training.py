@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,11 +22,13 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm # the plain bar: a widget would not survive in a saved notebook
 
+from .checkpoint import check_place, Checkpoint, sigterm_raises
 from .core import (check_name, check_range, check_whole, generator, DataError, DtypeError, GatedSymileError,
                                MissingError, NonFiniteError, ShapeError, UnknownNameError)
 from .data.batches import check_batches, given_batches, naming_the_dead, read_batches
 from .data.dataset import gather, MultimodalDataset
 from .gate.gate import ModalityGate
+from .gradcache import check_by_rows, copies_in_pieces
 from .model import evaluating, MultimodalModel
 from .search import keep_rows, rank_usable, teaching_rows, usable_rows
 
@@ -76,19 +79,24 @@ def _frozen(model):
     parts = [*model.encoders.values(), model.objective]
     return [m for m in parts if any(True for _ in m.parameters()) and not any(p.requires_grad for p in m.parameters())]
 
-def _train_step(model, batch, present, optimiser, draws, clip, autocast):
+def _copies(model, batch, present, draws, autocast, rows):
+    "Embeddings, and what carries gradients on from them: nothing, but where so many rows are encoded at a time."
+    if rows is not None and rows < _height(batch): return copies_in_pieces(model, batch, present, rows, draws, autocast)
+    with autocast(): return model.copies(batch, present, draws), lambda: None
+
+def _train_step(model, batch, present, optimiser, draws, clip, autocast, rows=None):
     "One step; returns the loss."
     optimiser.zero_grad()
-    with autocast(): one, *again = model.copies(batch, present, draws)
+    (one, *again), carry_on = _copies(model, batch, present, draws, autocast, rows)
     loss = model.objective(one, present, draws, *again)
-    loss.backward()
+    loss.backward(); carry_on()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if not (loss.isfinite() and norm.isfinite()):
         raise NonFiniteError(f"the loss is {loss.item()}, the length of its gradient {norm.item()}")
     optimiser.step()
     return loss.item()
 
-def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
+def _train_epoch(model, batches, epoch, optimiser, *how): # draws, clip, autocast, rows
     "One pass: the mean loss of a row, how many batches, and why some were skipped. Errors say epoch and step."
     model.train(); _switch(optimiser, "train")
     for part in _frozen(model): part.eval()
@@ -96,7 +104,7 @@ def _train_epoch(model, batches, epoch, optimiser, draws, clip, autocast):
     for step, (batch, present) in enumerate(batches, 1):
         n = _height(batch)
         if n == 1: skipped.append("a single row has nothing to be contrasted with: drop_last=True"); continue
-        try: total, used = total + n * _train_step(model, batch, present, optimiser, draws, clip, autocast), used + n
+        try: total, used = total + n * _train_step(model, batch, present, optimiser, *how), used + n
         except MissingError as error: skipped.append(str(error))
         except GatedSymileError as error: raise type(error)(f"epoch {epoch}, step {step}: {error}") from error
     why = skipped[0] if skipped else "there is none"
@@ -162,9 +170,10 @@ def training_rule(
 
 # %% ../nbs/api/training.ipynb #5aa16f3d
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_LOWEST_COUNT = dict(epochs=1, steps=1, every=1, batch_size=2, warmup_steps=0, patience=1, bank_size=2, seed=0)
+_LOWEST_COUNT = dict(epochs=1, steps=1, every=1, batch_size=2, warmup_steps=0, patience=1, bank_size=2, seed=0,
+                     micro_batch=1)
 
-_MAY_BE_NONE = "epochs", "steps", "every", "patience", "bank_size", "gate_learning_rate"
+_MAY_BE_NONE = "epochs", "steps", "every", "patience", "bank_size", "gate_learning_rate", "micro_batch"
 
 def _check_settings(precision, optimiser, callbacks, **numbers):
     "The border of `fit`: numbers in their ranges, whole where they count something; functions where they are wanted."
@@ -335,20 +344,35 @@ def fit(
     steps:int|None=None, # at most so many steps, in whole epochs; `None`: by `training_rule`, if `epochs` isn't given
     every:int|None=None, # epochs between two looks at `valid`, each a line of history; `None`: by rule, 1 with `epochs`
     validate:Callable|None=None, # `(model, valid) -> float`, or a tuple: larger is better; `None`: by retrieval
+    checkpoint:str|Path|None=None, # file in which each look is kept, to go on from when called again; `None`: none
+    micro_batch:int|None=None, # rows encoded at a time, for batches too large for the memory; `None`: all of a batch
 ) -> pd.DataFrame: # lines of `epoch`, `train_loss`, `valid_top1`, `valid_mrr`, `log_scale`, `gate_*`, `seconds`, `best`
-    "Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step."
+    """Train and keep the best weights, after an error or Ctrl-C as well. Errors name the argument, or epoch and step.
+
+    With `checkpoint`, the same call goes on after the last look that was kept, whatever ended it, and comes to the
+    same weights and history, bit for bit; a finished run comes back at once. Batches of your own go on at the start of
+    an epoch, and their order is yours. SIGTERM ends it like Ctrl-C, as `SystemExit(143)`. `DataError` for a file of
+    another run, by name, or if it and the one `.before` it are damaged; `OutputError` where none can be written.
+    """
     rates = dict(learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, weight_decay=weight_decay,
                  warmup_steps=warmup_steps)
     _check_validation(target, validate, bank_size, candidates)
-    _check_settings(precision, optimiser, callbacks, epochs=epochs, steps=steps, every=every, batch_size=batch_size,
-                    clip=clip, patience=patience, bank_size=bank_size, seed=seed, **rates)
+    numbers = dict(epochs=epochs, steps=steps, every=every, batch_size=batch_size, clip=clip, patience=patience,
+                   bank_size=bank_size, seed=seed, micro_batch=micro_batch, **rates)
+    _check_settings(precision, optimiser, callbacks, **numbers)
+    check_place(checkpoint)
+    if micro_batch is not None: check_by_rows(model)
     device, draws, best = _check_device(device), generator(seed), _Best(model)
-    descent, history, epoch, n_steps, skipped = None, [], 1, 0, []
+    descent, epoch = None, 1
+    settings = dict(numbers, target=target, precision=precision, device=device.type, optimiser=optimiser,
+                    validate=validate, candidates=candidates)
+    fork = partial(torch.random.fork_rng, range(torch.cuda.device_count()))
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "float32")
     def look(): # how good the weights are, as columns of the history
         if validate is not None: return _told(validate, model, valid)
         return _retrieval(model, valid, target, bank_size, lists, autocast)
     if _closed_form(model):
+        if checkpoint is not None: raise DataError("checkpoint: the objective learns all at once")
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         return _fit_at_once(model, _batches(train, batch_size, draws, device, model.names), look, autocast, callbacks)
     epochs, patience, every = _how_long(train, batch_size, epochs, steps, patience, every).values()
@@ -356,12 +380,16 @@ def fit(
     try:
         train, valid, lists = _prepare(model, train, valid, target, bank_size, candidates, device)
         descent = _optimiser(model, optimiser, rates)
-        with torch.random.fork_rng(range(torch.cuda.device_count())), epochs_bar as bar:
+        kept = Checkpoint(checkpoint, settings, dict(train=train, valid=valid), model, descent, best, draws)
+        with sigterm_raises(checkpoint), fork(), epochs_bar as bar:
             torch.manual_seed(seed)
+            done, n_steps, skipped, history = kept.resume()
             for epoch in bar:
+                if epoch <= done: continue
                 batches = _batches(train, batch_size, draws, device, model.names)
                 with closing(batches), naming_the_dead(getattr(train, "workers", "your")):
-                    loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast)
+                    loss, n, unused = _train_epoch(model, batches, epoch, descent, draws, clip, autocast,
+                                                   micro_batch)
                 n_steps, skipped = n_steps + n, skipped + unused
                 if epoch % every and epoch < epochs: continue
                 _switch(descent, "eval")
@@ -371,10 +399,13 @@ def fit(
                 history.append(dict(epoch=epoch, train_loss=loss, **found, **_watched(model.objective),
                                     seconds=time.perf_counter() - start))
                 start = time.perf_counter()
-                for call in callbacks: call(dict(history[-1]))
+                over = epoch - best.epoch >= patience
+                kept.save(epochs if over else epoch, n_steps, skipped, history)
+                with fork(): # what they draw changes nothing
+                    for call in callbacks: call(dict(history[-1]))
                 bar.set_postfix(loss=f"{loss:.3f}", valid=f"{[*found.values()][0]:.3f}", best=f"{best.key[0]:.3f}")
-                if epoch - best.epoch >= patience: break
-    except KeyboardInterrupt: best.tell(epoch); raise
+                if over: break
+    except (KeyboardInterrupt, SystemExit): best.tell(epoch); raise
     finally: best.restore(model, descent)
     if skipped: warnings.warn(f"train: {len(skipped)} of {n_steps} batches skipped ({skipped[0]}); larger batches make "
                               "that rarer", stacklevel=2)

@@ -17,8 +17,8 @@ ORDER = """core product contrastive cube fusion neutral gate.fits gate.factorise
     data.trifeature data.packaged data.mfeat data.nhanes data.tcga data.cells data.emoji data.tabular data.mimic
     data.biobank
     encoders.base encoders.mlp encoders.tables encoders.images encoders.text encoders.default encoders standardise model
-    search bank training fragility auditing probing kinds runs.spec runs.run runs.record runs.plan tuning
-    plots""".split()
+    search bank checkpoint gradcache training fragility auditing probing kinds runs.spec runs.run runs.record runs.plan
+    tuning plots""".split()
 GENERATED = "__init__", "_modidx"
 
 

@@ -57,7 +57,7 @@ def plain(
 # %% ../../nbs/api/runs/spec.ipynb #43e7f242
 # What an experiment sets itself, or no file can hold.
 _GIVEN = {"p", "generator", "dim", "device", "seed", "progress", "optimiser", "callbacks", "candidates", "target",
-          "validate"}
+          "validate", "checkpoint", "micro_batch"}
 
 def options_of(
     function:Callable, # or a class
