@@ -49,7 +49,7 @@ def test_finds_what_is_there_and_not_what_is_not(table):
 def test_the_table_is_whole(table):
     views, probes = ["a", "b", "concatenated", "product"], 2
     assert list(table["view"].unique()) == views
-    assert len(table) == len(views) * probes * (2 + 2 + 1)
+    assert len(table) == len(views) * probes * (3 + 3 + 1)
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
     assert (table["n_train"] == N).all() and (table["unlabelled"] == 0).all()
     chance = table.query("label == 'sick' and metric == 'accuracy'")["chance"]
@@ -58,9 +58,9 @@ def test_the_table_is_whole(table):
 
 def test_auroc_of_three_classes_is_scikit_learns():
     model, train, test, a, b = made()
-    from gated_symile.probing import _fitted, _macro, _views_of
+    from gated_symile.probing import _fitted, _macro, _views_of, STRENGTHS
     x, y = _views_of(model, train)["a"][0], a["kind"].to_numpy().astype(str)
-    fitted, new = _fitted("linear", "class", x, y, 0), _views_of(model, test)["a"][0]
+    fitted, new = _fitted("linear", "class", x, y, 0, STRENGTHS), _views_of(model, test)["a"][0]
     scores, truth = fitted.predict_proba(new), b["kind"].to_numpy().astype(str)
     expected = roc_auc_score(truth, scores, multi_class="ovr", average="macro", labels=fitted.classes_)
     assert _macro(scores, truth, list(fitted.classes_))(torch.arange(N)[None]).item() == pytest.approx(expected)
@@ -97,7 +97,7 @@ def test_one_label_of_any_kind(kind):
     model, train, test, a, b = made()
     a, b = (kind(x["sick"].astype(int).tolist()) for x in (a, b))
     found = probe(model, train, test, a, b, views="concatenated", probes="linear")
-    assert found["label"].tolist() == ["label"]*2 and found["value"].min() > 0.9
+    assert found["label"].tolist() == ["label"]*3 and found["value"].min() > 0.9
     several = probe(model, train, test, {"x": a, "y": a}, {"x": b, "y": b}, views="a", probes="knn", resamples=20)
     assert several["label"].tolist() == ["x", "x", "y", "y"]
 
