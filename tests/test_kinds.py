@@ -55,6 +55,15 @@ def test_what_is_missing_stays_missing_in_copies_of_all():
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+def test_an_encoder_sees_nothing_but_zero_of_absent_rows():
+    "In both copies, whatever an augmentation put there."
+    model, seen = model_of(CoMM(3, 16), BitViews()), []
+    present = torch.tensor([[True, True, False], [True, True, True]] * 4)
+    list(model.encoders.values())[2].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.loss(ROWS[:8].modalities, present, generator(0))
+    assert len(seen) == 2 and all((x[::2] == 0).all() and (x[1::2] != 0).all() for x in seen)
+
+
 @pytest.mark.parametrize("augment", [BitViews(flip=0.3, anew=False), {"B": Noise(0.2)}])
 def test_a_file_remakes_its_augmentation(tmp_path, augment):
     model = model_of(CoMM(3, 16), augment)
